@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a sample data directory: three role corpora and four finance tasks, all figures real or fictional but consistent.
+
+    python scripts/make_sample_data.py --run_dir outputs/quickstart
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from finteam_experts import runs
+from finteam_experts.data import corpus_file, task_file
+from finteam_experts.errors import run
+from finteam_experts.sample_data.corpora import corpus
+from finteam_experts.sample_data.task_rows import task_rows
+from finteam_experts.tasks import TASKS
+
+PASSAGES, HELDOUT_PASSAGES = 1000, 120  # a role
+TRAIN_ROWS, TEST_ROWS = 800, 240  # a task
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """Write corpora and task rows below `folder`, the same bytes for the same seed."""
+    for role in ("macro", "micro", "quant"):
+        train, heldout = corpus(role, PASSAGES, HELDOUT_PASSAGES, random.Random(f"{seed} {role}"))
+        _write_rows(corpus_file(folder, role), train)
+        _write_rows(corpus_file(folder, role, heldout=True), heldout)
+    for task in TASKS:
+        rows = task_rows(task, TRAIN_ROWS + TEST_ROWS, random.Random(f"{seed} {task}"))
+        _write_rows(task_file(folder, task, "train"), rows[:TRAIN_ROWS])
+        _write_rows(task_file(folder, task, "test"), rows[TRAIN_ROWS:])
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"), help="writes RUN_DIR/data")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    target = args.run_dir / "data"
+    work = runs.begin(target, "make_sample_data", {"seed": args.seed})
+    if work:
+        write_data(work, args.seed)
+        runs.finish(target, {"results": {"passages_a_role": PASSAGES, "train_rows_a_task": TRAIN_ROWS}})
+        print(f"{target}: {PASSAGES} passages a role, {TRAIN_ROWS} train and {TEST_ROWS} test rows a task")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folders: steps that are skipped when complete, resumed when cut off, and never mixed with another configuration.
+
+A step builds `TARGET.incomplete` and renames it to `TARGET` at the end, so a target that exists is complete. Both carry
+`finteam.json`: the step's name, the inputs it was started with, and, once complete, its results.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finteam_experts.errors import InputError
+
+RECORD = "finteam.json"
+
+
+def work_folder(target: Path) -> Path:
+    """Where the step that makes `target` keeps what is not complete yet."""
+    return target.with_name(target.name + ".incomplete")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a complete or unfinished step folder; `InputError` where there is none."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise InputError(
+            f"{folder} has no {RECORD}, so it was not written by a step of this package. Name another folder."
+        )
+    return json.loads(path.read_text())
+
+
+def begin(target: Path, step: str, inputs: dict[str, Any]) -> Path | None:
+    """Return the folder to build `target` in, fresh or as an interrupted run left it; `None` if `target` is complete.
+
+    Raises `InputError` if `target`, or its unfinished folder, was started with other inputs: it names each difference.
+    """
+    inputs = json.loads(json.dumps(inputs))  # as the record will read back
+    work = work_folder(target)
+    for folder in (target, work):
+        if folder.exists():
+            _check_same_inputs(folder, step, inputs)
+    if target.exists():
+        print(f"{target} is complete: skipped")
+        return None
+    if work.exists():
+        print(f"{work} was cut off: resuming")
+    else:
+        work.mkdir(parents=True)
+        write_json(work / RECORD, {"step": step, "inputs": inputs})
+    return work
+
+
+def finish(target: Path, results: dict[str, Any]) -> None:
+    """Record the step's `results` (and what else describes the folder) and give it its final name."""
+    work = work_folder(target)
+    write_json(work / RECORD, {**read_record(work), **results})
+    os.replace(work, target)
+
+
+def require(folder: Path, made_by: str) -> dict[str, Any]:
+    """The record of an input folder that has to be complete; `InputError` says which step makes it."""
+    if not folder.is_dir():
+        state = "is not finished" if work_folder(folder).exists() else "does not exist"
+        raise InputError(f"{folder} {state}. Run this step first: {made_by}")
+    return read_record(folder)
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hex digits of the file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def check_disk_room(folder: Path, needed_bytes: int) -> None:
+    """Raise `InputError` unless the disk that holds (or will hold) `folder` has `needed_bytes` free."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{folder} needs {needed_bytes / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. "
+            "Free some space, or name a run folder on another disk with --run_dir."
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that `path` is either whole or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _check_same_inputs(folder: Path, step: str, inputs: dict[str, Any]) -> None:
+    record = read_record(folder)
+    recorded = {"step": record["step"], **_flat(record["inputs"])}
+    now = {"step": step, **_flat(inputs)}
+    changed = [key for key in sorted(recorded | now) if recorded.get(key, "unset") != now.get(key, "unset")]
+    if changed:
+        rows = "".join(f"\n  {key}: recorded {recorded.get(key, 'unset')}, now {now.get(key, 'unset')}" for key in changed)
+        raise InputError(
+            f"{folder} was made with other inputs:{rows}\n"
+            "Use the recorded settings, choose another --run_dir, or delete that folder to make it anew."
+        )
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finance tasks: each YAML here is an lm-eval task, and the one place that says its question and labels.
+
+`render` turns a row into the prompt that training, evaluation and the Space share.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+FOLDER = Path(__file__).parent
+PROMPT = "{text}\n\n{question} Answer {labels}."
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    title: str
+    role: str  # the analyst whose field it is
+    question: str  # for rows that do not ask their own
+    labels: tuple[str, ...]
+    max_text_tokens: int  # longer texts are cut at the end, so that the question always fits
+
+
+def _load(path: Path) -> Task:
+    content = yaml.safe_load(path.read_text())
+    about = content["metadata"]
+    return Task(
+        name=content["task"],
+        title=about["title"],
+        role=about["role"],
+        question=about["question"],
+        labels=tuple(content["doc_to_choice"]),
+        max_text_tokens=about["max_text_tokens"],
+    )
+
+
+TASKS: dict[str, Task] = {task.name: task for task in map(_load, sorted(FOLDER.glob("*.yaml")))}
+
+
+def render(task: Task, row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The user message for a task row; the answer to it is `row["label"]`."""
+    tokens = tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    text = row["text"]
+    if len(tokens) > task.max_text_tokens:
+        text = text[: tokens[task.max_text_tokens - 1][1]]
+    labels = " or ".join([", ".join(task.labels[:-1]), task.labels[-1]])
+    return PROMPT.format(text=text, question=row.get("question", task.question), labels=labels)
+
+
+def task_cards() -> list[dict[str, str | list[str]]]:
+    """The tasks as JSON-ready rows, for readers without this package."""
+    return [
+        {"name": task.name, "title": task.title, "role": task.role, "question": task.question, "labels": list(task.labels)}
+        for task in TASKS.values()
+    ]
