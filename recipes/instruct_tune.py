@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STEP 3. Instruct-tune the MoE on the finance tasks, or the dense base on the same rows as its baseline.
+
+    accelerate launch recipes/instruct_tune.py --config recipes/sample/instruct_tune_moe.yaml
+    accelerate launch recipes/instruct_tune.py --config recipes/sample/instruct_tune_dense.yaml
+
+Reads RUN_DIR/data and RUN_DIR/moe (or the dense base), writes RUN_DIR/moe-instruct (or RUN_DIR/dense-instruct): the
+adapter merged into the model, with the base's tokenizer, chat template and generation config. The loss is on the
+answers only.
+"""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, get_peft_config
+
+from finteam_experts import runs
+from finteam_experts.data import read_task, task_file
+from finteam_experts.errors import InputError, run
+from finteam_experts.models import check_base, fingerprint, load_tokenizer, local_folder, merge_adapter, weight_files
+from finteam_experts.sft import CompactHeadSFTTrainer
+from finteam_experts.tasks import TASKS, render
+from finteam_experts.training import (
+    BaseModelConfig, CompleteCheckpoints, RunArguments, begin_on_all, parse, prepare_checkpoints, remove_all_but, settings,
+    use_all_cores,
+)  # fmt: skip
+
+OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
+
+
+@dataclass
+class TuneArguments(RunArguments):
+    start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
+    rows_per_task: int | None = field(default=None, metadata={"help": "At most so many train rows of each task."})
+
+
+def conversations(
+    data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int, rows_per_task: int | None
+) -> Dataset:
+    """The train rows of all tasks as prompt and completion, shuffled; `InputError` if one does not fit `max_length`."""
+    rng = random.Random(seed)
+    rows = []
+    for task in TASKS.values():
+        task_rows = read_task(data, task.name, "train")
+        read_task(data, task.name, "test")  # refuses test rows that are in train, before hours are spent
+        rng.shuffle(task_rows)
+        for row in task_rows[:rows_per_task]:
+            prompt = [{"role": "user", "content": render(task, row, tokenizer)}]
+            rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": row["label"]}]})
+        longest = max(rows[-len(task_rows[:rows_per_task]) :], key=lambda row: len(row["prompt"][0]["content"]))
+        length = len(tokenizer.apply_chat_template(longest["prompt"] + longest["completion"])["input_ids"])
+        if length > max_length:
+            raise InputError(f"max_length is {max_length}, but a row of {task.name} has {length} tokens. Raise max_length.")
+    rng.shuffle(rows)
+    return Dataset.from_list(rows)
+
+
+def main() -> None:
+    script_args, training_args, model_args = parse((TuneArguments, SFTConfig, BaseModelConfig))
+    run_dir, data = Path(script_args.run_dir), script_args.data_folder()
+    if script_args.start_from == "moe":
+        start = run_dir / "moe"
+        record = runs.require(start, "python scripts/merge_moe.py")
+    else:
+        start, record = local_folder(model_args.model_name_or_path or str(run_dir / "base")), {}
+        check_base(start)
+    tokenizer = load_tokenizer(start)
+    dataset = conversations(data, tokenizer, training_args.seed, training_args.max_length, script_args.rows_per_task)
+
+    target = run_dir / OUTPUTS[script_args.start_from]
+    inputs = {
+        "model": fingerprint(start),
+        "tasks": {task: runs.file_hash(task_file(data, task, "train")) for task in TASKS},
+        "settings": settings(script_args, training_args, model_args),
+    }
+    work = begin_on_all(target, "instruct_tune", inputs)
+    if work is None:
+        return
+    runs.check_disk_room(target, 2 * sum(file.stat().st_size for file in weight_files(start)))
+
+    use_all_cores(training_args)
+    set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
+    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto"}
+    checkpoint = prepare_checkpoints(training_args, work)
+    trainer = CompactHeadSFTTrainer(
+        model=str(start),
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=[CompleteCheckpoints()],
+    )
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(work / "adapter"))
+    results = {
+        "trainable_parameters": trainable,
+        "total_parameters": total - trainable,
+        "train_rows": len(dataset),
+        "train_tokens": trainer._total_train_tokens,
+        "steps": trainer.state.global_step,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+    if trainer.is_world_process_zero():
+        trainer.model = trainer.model_wrapped = None  # room for the merge below
+        difference = merge_adapter(start, work / "adapter", work)
+        kept = {file.name for file in (*start.iterdir(), *weight_files(work))} | {"model.safetensors.index.json"}
+        remove_all_but(work, kept)
+        about = {key: record[key] for key in ("team", "tasks") if key in record}
+        runs.finish(target, {**about, "results": {**results, "logit_difference": difference}})
+        print(f"{target}: tuned on {len(dataset)} rows; merged and adapter logits agree to {difference:.0e}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    run(main)

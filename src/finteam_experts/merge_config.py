@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""moe_merge.yaml: mergekit's own MoE configuration, read strictly. The roles of the team are its experts, in order."""
+
+from pathlib import Path
+
+import yaml
+from mergekit.common import ModelPath, ModelReference
+from mergekit.moe.config import Expert, MoEMergeConfig
+from pydantic import ValidationError
+
+from finteam_experts.errors import InputError, nearest
+
+GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
+
+
+def read_merge_config(path: Path) -> MoEMergeConfig:
+    """Read and check the merge. mergekit itself ignores unknown keys and unknown gate modes, so both are errors here."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file. It lists the base, the experts and their router prompts.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    _check_keys(path, content, MoEMergeConfig, "")
+    for position, expert in enumerate(content.get("experts") or []):
+        _check_keys(path, expert, Expert, f"experts[{position}].")
+    try:
+        config = MoEMergeConfig.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {error}") from None
+    if config.gate_mode not in GATE_MODES:
+        raise InputError(
+            f"{path}: gate_mode '{config.gate_mode}' is unknown. Known: {', '.join(GATE_MODES)}."
+            f"{nearest(config.gate_mode, GATE_MODES)}"
+        )
+    _check_team(path, config)
+    return config
+
+
+def roles(config: MoEMergeConfig) -> list[str]:
+    """The role of each expert: the last part of its `source_model`, as in experts/macro."""
+    return [Path(expert.source_model.model.path).name for expert in config.experts]
+
+
+def check_role(role: str | None, path: Path) -> str:
+    """Return `role` if the merge at `path` lists it; an `InputError` names the roles it has."""
+    known = roles(read_merge_config(path))
+    if role not in known:
+        raise InputError(f"unknown role '{role}': {path} lists {', '.join(known)}.{nearest(role or '', known)}")
+    return role
+
+
+def in_run(config: MoEMergeConfig, base: Path, run_dir: Path) -> MoEMergeConfig:
+    """The same merge with the base and the run's own expert folders as absolute paths, as mergekit needs them."""
+
+    def reference(folder: Path) -> ModelReference:
+        return ModelReference(model=ModelPath(path=str(folder.absolute())))
+
+    experts = [
+        expert.model_copy(update={"source_model": reference(run_dir / "experts" / role)})
+        for role, expert in zip(roles(config), config.experts, strict=True)
+    ]
+    return config.model_copy(update={"base_model": reference(base), "experts": experts})
+
+
+def _check_keys(path: Path, content: object, model: type, prefix: str) -> None:
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, found {type(content).__name__}.")
+    for key in content:
+        if key not in model.model_fields:
+            raise InputError(f"{path}: unknown key '{prefix}{key}'.{nearest(key, model.model_fields)}")
+
+
+def _check_team(path: Path, config: MoEMergeConfig) -> None:
+    names = roles(config)
+    if len(set(names)) < max(len(names), 2):
+        raise InputError(f"{path}: the experts must be two or more different roles; found {', '.join(names)}.")
+    if not 1 <= config.experts_per_token <= len(names):
+        raise InputError(f"{path}: experts_per_token is {config.experts_per_token}; it must be 1 to {len(names)}.")
+    prompts: dict[tuple[str, ...], str] = {}
+    for role, expert in zip(names, config.experts, strict=True):
+        own = tuple(expert.positive_prompts or ())
+        if not own:
+            raise InputError(f"{path}: expert '{role}' has no positive_prompts. Add some that it should answer.")
+        if own in prompts:
+            raise InputError(f"{path}: experts '{prompts[own]}' and '{role}' have the same positive_prompts; tell them apart.")
+        prompts[own] = role

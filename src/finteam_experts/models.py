@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders: finding and checking a dense base, telling two bases apart, and merging a LoRA into its model."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from finteam_experts.errors import InputError
+
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # what becomes the experts of the MoE
+SUPPORTED_TYPES = ("llama", "mistral")
+# Files beside the weights that a derived model carries over byte for byte.
+COMPANION_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a model given as a folder or as a Hub id, which is downloaded (weights as safetensors only)."""
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if Path(name).exists() or name.count("/") != 1:
+        raise InputError(f"'{name}' is neither a model folder (it has no config.json) nor a Hub id like 'owner/name'.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *COMPANION_FILES]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"the model '{name}' is not a folder here and could not be fetched from the Hub: {error}") from None
+
+
+def check_base(folder: Path) -> PretrainedConfig:
+    """Return the config of a dense base that mergekit can turn into a Mixtral; `InputError` says why one can't be."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in SUPPORTED_TYPES:
+        raise InputError(
+            f"{folder}/config.json: model_type is '{config.model_type}'. A Mixtral-style MoE can be built from "
+            f"{' or '.join(SUPPORTED_TYPES)} only; choose such a base."
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if getattr(config, key, False):
+            raise InputError(f"{folder}/config.json: {key} is true. Mixtral has no biases; choose a base without them.")
+    return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder; `InputError` if it has no chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"{folder}: its tokenizer has no chat template, and tasks are asked as chats. "
+            "Choose an instruct model, or put a chat_template.jinja into that folder."
+        )
+    if tokenizer.pad_token is None:  # as in Llama 3: padding is masked, so any token serves
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> torch.nn.Module:
+    """Load a causal language model for inference; `InputError` if its weights do not fit its architecture exactly."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise InputError(f"{folder}: {kind.replace('_', ' ')} in the weights: {sorted(report[kind])[:5]}")
+    return model.eval()
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits that change with any tensor's name, shape, type or first row (a sample: bases run to many GB)."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                part = tensors.get_slice(name)
+                digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode())
+                digest.update(part[:1].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} holds no *.safetensors. Convert the model's weights, or choose another one.")
+    return files
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation config unchanged, over whatever a library wrote there."""
+    for name in COMPANION_FILES:
+        (target / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+@torch.no_grad()
+def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> float:
+    """Merge a LoRA adapter into its model in fp32, save the result to `target` in the model's dtype.
+
+    Returns the largest difference between the logits before and after the merge, as a share of the largest logit.
+    Raises `InputError` if it exceeds 1e-3: then the adapter has parts that a merge can't take over.
+    """
+    stored_dtype = AutoConfig.from_pretrained(model_folder).dtype or torch.float32
+    adapted = PeftModel.from_pretrained(load_model(model_folder, torch.float32), adapter_folder).eval()
+    probe = torch.arange(5, 37).remainder(adapted.config.vocab_size)[None]
+    with_adapter = adapted(probe).logits
+    merged = adapted.merge_and_unload()
+    difference = ((merged(probe).logits - with_adapter).abs().max() / with_adapter.abs().max()).item()
+    if not difference <= 1e-3:  # also when it is NaN
+        raise InputError(f"{adapter_folder}: merged and adapter logits differ by {difference:.1e} of the largest logit.")
+    merged.to(stored_dtype).save_pretrained(target)
+    copy_companions(model_folder, target)
+    return difference

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two training recipes share: their arguments, strict parsing, and resuming from checkpoints."""
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from finteam_experts import runs
+from finteam_experts.errors import InputError, nearest
+
+REPOSITORY = Path(__file__).parents[2]
+_COMPLETE = "checkpoint_is_complete"
+# Settings that change what is shown, kept or where it lies, never the weights: two runs may differ in them.
+_NOT_INPUTS = (
+    "output_dir", "run_dir", "data_dir", "merge_config", "model_name_or_path", "use_cpu", "disable_tqdm", "report_to",
+    "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub", "dataloader_",
+    "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "heldout_passages", "accelerator_config", "debug",
+    "role", "activation_checkpointing", "gradient_checkpointing",
+)  # fmt: skip
+
+
+@dataclass
+class RunArguments:
+    run_dir: str = field(default="outputs/quickstart", metadata={"help": "Run folder; every step has its place in it."})
+    data_dir: str | None = field(default=None, metadata={"help": "Data directory. Defaults to RUN_DIR/data."})
+    merge_config: str = field(
+        default=str(REPOSITORY / "moe_merge.yaml"), metadata={"help": "The merge: it lists the roles of the team."}
+    )
+
+    def data_folder(self) -> Path:
+        return Path(self.data_dir or Path(self.run_dir) / "data")
+
+
+@dataclass
+class BaseModelConfig(ModelConfig):
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"aliases": ["--base"], "help": "Dense base: Hub id or folder. Defaults to RUN_DIR/base."},
+    )
+
+
+def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
+    """Parse the command line and its `--config` YAML into dataclasses; an unknown key is an `InputError`, not ignored."""
+    known = {f.name for cls in argument_classes for f in dataclasses.fields(cls)} | {"base", "config"}
+    if "--config" in sys.argv[:-1]:
+        path = Path(sys.argv[sys.argv.index("--config") + 1])
+        if not path.is_file():
+            raise InputError(f"--config {path}: no such file.")
+        for key in yaml.safe_load(path.read_text()):
+            if key not in known:
+                raise InputError(f"{path}: unknown key '{key}'.{nearest(key, known)}")
+    try:
+        *parsed, unknown = TrlParser(argument_classes).parse_args_and_config(return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from None
+    if unknown:
+        raise InputError(f"unknown argument '{unknown[0]}'.{nearest(unknown[0].lstrip('-'), known)}")
+    for arguments in parsed:
+        if isinstance(arguments, SFTConfig) and arguments.output_dir not in (None, "trainer_output"):
+            raise InputError("output_dir is set by run_dir, so that the next step finds it. Remove it, set run_dir.")
+    return tuple(parsed)
+
+
+def use_all_cores(training_args: SFTConfig) -> None:
+    """Share the CPU's cores among the processes of this launch: `accelerate launch` leaves each with one thread."""
+    if training_args.use_cpu:
+        torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
+
+
+def settings(*arguments: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults and can change the weights, by name."""
+    changed = {}
+    for group in arguments:
+        for f in dataclasses.fields(group):
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            value = getattr(group, f.name)
+            if f.init and not f.name.startswith(_NOT_INPUTS) and value not in (default, None):
+                changed[f.name] = value if isinstance(value, bool | int | float | str | list | dict) else str(value)
+    return changed
+
+
+def begin_on_all(target: Path, step: str, inputs: dict[str, Any]) -> Path | None:
+    """`runs.begin` in every process of a launch: the main process makes the folder, the others find it."""
+    with PartialState().main_process_first():
+        return runs.begin(target, step, inputs)
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint once every process has written its part, so that a cut-off one is never resumed from."""
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            (_checkpoint(Path(args.output_dir), state.global_step) / _COMPLETE).touch()
+
+
+def prepare_checkpoints(training_args: SFTConfig, work: Path) -> str | None:
+    """Point the trainer at `work`, drop half-written checkpoints, and return the one to resume from, if any."""
+    training_args.output_dir = str(work)
+    # The trainer deletes the oldest before the newest is marked complete: keep one more than the newest.
+    training_args.save_total_limit = max(training_args.save_total_limit or 2, 2)
+    checkpoints = {int(path.name.rpartition("-")[2]): path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    with PartialState().main_process_first():
+        for path in checkpoints.values():
+            if not (path / _COMPLETE).exists():
+                shutil.rmtree(path, ignore_errors=True)
+    complete = [step for step, path in checkpoints.items() if path.exists()]
+    if not complete:
+        return None
+    print(f"Resuming from step {max(complete)}")
+    return str(checkpoints[max(complete)])
+
+
+def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
+    """Delete checkpoints and whatever else a library left in `folder` besides the files in `keep`."""
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
