@@ -19,14 +19,29 @@ from trl import SFTConfig, get_peft_config
 
 from finteam_experts import runs
 from finteam_experts.data import read_task, task_file
-from finteam_experts.errors import InputError, run
-from finteam_experts.models import check_base, fingerprint, load_tokenizer, local_folder, merge_adapter, weight_files
+from finteam_experts.errors import run
+from finteam_experts.models import (
+    COMPANION_FILES,
+    check_base,
+    fingerprint,
+    load_tokenizer,
+    local_folder,
+    merge_adapter,
+    weight_files,
+)
 from finteam_experts.sft import CompactHeadSFTTrainer
 from finteam_experts.tasks import TASKS, render
 from finteam_experts.training import (
-    BaseModelConfig, CompleteCheckpoints, RunArguments, begin_on_all, parse, prepare_checkpoints, remove_all_but, settings,
+    BaseModelConfig,
+    CompleteCheckpoints,
+    RunArguments,
+    begin_on_all,
+    parse,
+    prepare_checkpoints,
+    remove_all_but,
+    settings,
     use_all_cores,
-)  # fmt: skip
+)
 
 OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
 
@@ -37,10 +52,8 @@ class TuneArguments(RunArguments):
     rows_per_task: int | None = field(default=None, metadata={"help": "At most so many train rows of each task."})
 
 
-def conversations(
-    data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int, rows_per_task: int | None
-) -> Dataset:
-    """The train rows of all tasks as prompt and completion, shuffled; `InputError` if one does not fit `max_length`."""
+def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, rows_per_task: int | None) -> Dataset:
+    """The train rows of all tasks as prompt and completion, shuffled."""
     rng = random.Random(seed)
     rows = []
     for task in TASKS.values():
@@ -50,10 +63,6 @@ def conversations(
         for row in task_rows[:rows_per_task]:
             prompt = [{"role": "user", "content": render(task, row, tokenizer)}]
             rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": row["label"]}]})
-        longest = max(rows[-len(task_rows[:rows_per_task]) :], key=lambda row: len(row["prompt"][0]["content"]))
-        length = len(tokenizer.apply_chat_template(longest["prompt"] + longest["completion"])["input_ids"])
-        if length > max_length:
-            raise InputError(f"max_length is {max_length}, but a row of {task.name} has {length} tokens. Raise max_length.")
     rng.shuffle(rows)
     return Dataset.from_list(rows)
 
@@ -68,7 +77,7 @@ def main() -> None:
         start, record = local_folder(model_args.model_name_or_path or str(run_dir / "base")), {}
         check_base(start)
     tokenizer = load_tokenizer(start)
-    dataset = conversations(data, tokenizer, training_args.seed, training_args.max_length, script_args.rows_per_task)
+    dataset = conversations(data, tokenizer, training_args.seed, script_args.rows_per_task)
 
     target = run_dir / OUTPUTS[script_args.start_from]
     inputs = {
@@ -108,8 +117,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         trainer.model = trainer.model_wrapped = None  # room for the merge below
         difference = merge_adapter(start, work / "adapter", work)
-        kept = {file.name for file in (*start.iterdir(), *weight_files(work))} | {"model.safetensors.index.json"}
-        remove_all_but(work, kept)
+        weights = [file.name for file in weight_files(work)]
+        remove_all_but(work, ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES))
         about = {key: record[key] for key in ("team", "tasks") if key in record}
         runs.finish(target, {**about, "results": {**results, "logit_difference": difference}})
         print(f"{target}: tuned on {len(dataset)} rows; merged and adapter logits agree to {difference:.0e}")

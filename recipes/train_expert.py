@@ -23,9 +23,16 @@ from finteam_experts.models import MLP_MODULES, check_base, fingerprint, load_to
 from finteam_experts.perplexity import heldout_loss
 from finteam_experts.sft import CompactHeadSFTTrainer
 from finteam_experts.training import (
-    BaseModelConfig, CompleteCheckpoints, RunArguments, begin_on_all, parse, prepare_checkpoints, remove_all_but, settings,
+    BaseModelConfig,
+    CompleteCheckpoints,
+    RunArguments,
+    begin_on_all,
+    parse,
+    prepare_checkpoints,
+    remove_all_but,
+    settings,
     use_all_cores,
-)  # fmt: skip
+)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a sample data directory: three role corpora and four finance tasks, all figures real or fictional but consistent.
 
-    python scripts/make_sample_data.py --run_dir outputs/quickstart
+python scripts/make_sample_data.py --run_dir outputs/quickstart
 """
 
 import argparse

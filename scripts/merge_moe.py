@@ -22,9 +22,16 @@ from finteam_experts import runs
 from finteam_experts.errors import InputError, run
 from finteam_experts.merge_config import in_run, read_merge_config, roles
 from finteam_experts.models import (
-    MLP_MODULES, check_base, copy_companions, fingerprint, load_model, load_tokenizer, local_folder, merge_adapter,
+    MLP_MODULES,
+    check_base,
+    copy_companions,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    merge_adapter,
     weight_files,
-)  # fmt: skip
+)
 from finteam_experts.roles import team_card
 from finteam_experts.tasks import task_cards
 from finteam_experts.training import REPOSITORY, remove_all_but
@@ -41,7 +48,9 @@ def check_adapter(folder: Path, role: str, base_fingerprint: str) -> None:
         )
     settings = json.loads((folder / "adapter_config.json").read_text())
     if settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
-        raise InputError(f"{folder}/adapter_config.json: trains biases or whole modules, which a merge can't take over.")
+        raise InputError(
+            f"{folder}/adapter_config.json: trains biases or whole modules, which a merge can't take over."
+        )
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a dict)
             if not any(f".mlp.{module}." in name for module in MLP_MODULES):
@@ -77,7 +86,10 @@ def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
         prefix = f"model.layers.{layer}.mlp"
         for position, expert in enumerate(experts):
             gate, up, down = (expert[f"{prefix}.{module}.weight"] for module in MLP_MODULES)
-            fused = tensors[f"{prefix}.experts.gate_up_proj"][position], tensors[f"{prefix}.experts.down_proj"][position]
+            fused = (
+                tensors[f"{prefix}.experts.gate_up_proj"][position],
+                tensors[f"{prefix}.experts.down_proj"][position],
+            )
             if not (torch.equal(fused[0], torch.cat([gate, up])) and torch.equal(fused[1], down)):
                 raise InputError(f"{moe}: expert {position} of layer {layer} differs from its source. Merge again.")
     with torch.no_grad():
@@ -126,7 +138,9 @@ def main() -> None:
     copy_companions(base, work)
     check_moe(work, base, config)
     runs.finish(target, {"team": team_card(names), "tasks": task_cards()})
-    print(f"{target}: {len(names)} experts, {config.experts_per_token} a token; every tensor checked against its source")
+    print(
+        f"{target}: {len(names)} experts, {config.experts_per_token} a token; every tensor checked against its source"
+    )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def in_run(config: MoEMergeConfig, base: Path, run_dir: Path) -> MoEMergeConfig:
 
 def _check_keys(path: Path, content: object, model: type, prefix: str) -> None:
     if not isinstance(content, dict):
-        raise InputError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, found {type(content).__name__}.")
+        raise InputError(
+            f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, found {type(content).__name__}."
+        )
     for key in content:
         if key not in model.model_fields:
             raise InputError(f"{path}: unknown key '{prefix}{key}'.{nearest(key, model.model_fields)}")
@@ -83,5 +85,7 @@ def _check_team(path: Path, config: MoEMergeConfig) -> None:
         if not own:
             raise InputError(f"{path}: expert '{role}' has no positive_prompts. Add some that it should answer.")
         if own in prompts:
-            raise InputError(f"{path}: experts '{prompts[own]}' and '{role}' have the same positive_prompts; tell them apart.")
+            raise InputError(
+                f"{path}: experts '{prompts[own]}' and '{role}' have the same positive_prompts; tell them apart."
+            )
         prompts[own] = role

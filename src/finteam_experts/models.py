@@ -32,7 +32,9 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *COMPANION_FILES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"the model '{name}' is not a folder here and could not be fetched from the Hub: {error}") from None
+        raise InputError(
+            f"the model '{name}' is not a folder here and could not be fetched from the Hub: {error}"
+        ) from None
 
 
 def check_base(folder: Path) -> PretrainedConfig:
@@ -45,7 +47,9 @@ def check_base(folder: Path) -> PretrainedConfig:
         )
     for key in ("attention_bias", "mlp_bias"):
         if getattr(config, key, False):
-            raise InputError(f"{folder}/config.json: {key} is true. Mixtral has no biases; choose a base without them.")
+            raise InputError(
+                f"{folder}/config.json: {key} is true. Mixtral has no biases; choose a base without them."
+            )
     return config
 
 
@@ -112,7 +116,9 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
     merged = adapted.merge_and_unload()
     difference = ((merged(probe).logits - with_adapter).abs().max() / with_adapter.abs().max()).item()
     if not difference <= 1e-3:  # also when it is NaN
-        raise InputError(f"{adapter_folder}: merged and adapter logits differ by {difference:.1e} of the largest logit.")
+        raise InputError(
+            f"{adapter_folder}: merged and adapter logits differ by {difference:.1e} of the largest logit."
+        )
     merged.to(stored_dtype).save_pretrained(target)
     copy_companions(model_folder, target)
     return difference

@@ -25,7 +25,9 @@ def heldout_loss(
     encoded = sorted((ids for ids in encoded if len(ids) > 1), key=len)  # near-equal lengths: little padding
     total, count = 0.0, 0
     for start in tqdm(range(0, len(encoded), batch_size), desc="held-out passages", leave=False):
-        batch = tokenizer.pad({"input_ids": encoded[start : start + batch_size]}, padding_side="right", return_tensors="pt")
+        batch = tokenizer.pad(
+            {"input_ids": encoded[start : start + batch_size]}, padding_side="right", return_tensors="pt"
+        )
         batch = batch.to(model.device)
         logits = model(**batch).logits[:, :-1].flatten(0, 1).float()  # [batch * (length - 1), vocabulary]
         targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100).flatten()

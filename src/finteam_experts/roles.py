@@ -17,7 +17,12 @@ _KNOWN = {
     for role in (
         Role("macro", "Macro analyst", "Growth, inflation, interest rates, central banks and commodities.", "#2a78d6"),
         Role("micro", "Micro analyst", "Company reports, earnings, margins, guidance and news.", "#c2571a"),
-        Role("quant", "Quantitative analyst", "Prices, returns, volatility, factors and other series of figures.", "#3d8b40"),
+        Role(
+            "quant",
+            "Quantitative analyst",
+            "Prices, returns, volatility, factors and other series of figures.",
+            "#3d8b40",
+        ),
     )
 }
 _SPARE_COLORS = ("#8b5cc4", "#b23a6f", "#0f8b8d", "#8a7a1f")

@@ -22,12 +22,12 @@ def work_folder(target: Path) -> Path:
     return target.with_name(target.name + ".incomplete")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a complete or unfinished step folder; `InputError` where there is none."""
-    path = folder / RECORD
+def read_record(target: Path) -> dict[str, Any]:
+    """The record of a step's folder, complete or not, or of a report, which is its own; `InputError` where it has none."""
+    path = target if target.is_file() else target / RECORD
     if not path.is_file():
         raise InputError(
-            f"{folder} has no {RECORD}, so it was not written by a step of this package. Name another folder."
+            f"{target} has no {RECORD}, so it was not written by a step of this package. Name another folder."
         )
     return json.loads(path.read_text())
 
@@ -43,6 +43,7 @@ def begin(target: Path, step: str, inputs: dict[str, Any]) -> Path | None:
         if folder.exists():
             _check_same_inputs(folder, step, inputs)
     if target.exists():
+        shutil.rmtree(work, ignore_errors=True)
         print(f"{target} is complete: skipped")
         return None
     if work.exists():
@@ -58,6 +59,13 @@ def finish(target: Path, results: dict[str, Any]) -> None:
     work = work_folder(target)
     write_json(work / RECORD, {**read_record(work), **results})
     os.replace(work, target)
+
+
+def finish_report(target: Path, results: dict[str, Any]) -> None:
+    """Write a step's record with its `results` to the file `target`, and remove the folder it was made in."""
+    work = work_folder(target)
+    write_json(target, {**read_record(work), **results})
+    shutil.rmtree(work)
 
 
 def require(folder: Path, made_by: str) -> dict[str, Any]:
@@ -99,7 +107,9 @@ def _check_same_inputs(folder: Path, step: str, inputs: dict[str, Any]) -> None:
     now = {"step": step, **_flat(inputs)}
     changed = [key for key in sorted(recorded | now) if recorded.get(key, "unset") != now.get(key, "unset")]
     if changed:
-        rows = "".join(f"\n  {key}: recorded {recorded.get(key, 'unset')}, now {now.get(key, 'unset')}" for key in changed)
+        rows = "".join(
+            f"\n  {key}: recorded {recorded.get(key, 'unset')}, now {now.get(key, 'unset')}" for key in changed
+        )
         raise InputError(
             f"{folder} was made with other inputs:{rows}\n"
             "Use the recorded settings, choose another --run_dir, or delete that folder to make it anew."

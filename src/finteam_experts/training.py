@@ -33,7 +33,9 @@ _NOT_INPUTS = (
 
 @dataclass
 class RunArguments:
-    run_dir: str = field(default="outputs/quickstart", metadata={"help": "Run folder; every step has its place in it."})
+    run_dir: str = field(
+        default="outputs/quickstart", metadata={"help": "Run folder; every step has its place in it."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Data directory. Defaults to RUN_DIR/data."})
     merge_config: str = field(
         default=str(REPOSITORY / "moe_merge.yaml"), metadata={"help": "The merge: it lists the roles of the team."}

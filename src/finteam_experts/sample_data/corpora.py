@@ -48,7 +48,9 @@ def _macro(rng: random.Random) -> Iterator[tuple[int, Passage]]:
             f"investment by {investment:.1f} percent, so {leader} swung more. "
             + _pick(rng, "Demand at home set the pace.|The committee would read this beside the labour market.|"
                          "Inventories and housing explain much of such a swing."))}  # fmt: skip
-        stance = "positive, so money was not loose" if row.realint > 0 else "negative, so policy was loose in real terms"
+        stance = (
+            "positive, so money was not loose" if row.realint > 0 else "negative, so policy was loose in real terms"
+        )
         yield row.year, {"source": "us_prices_and_rates", "text": (
             f"Consumer prices rose at an annual rate of {row.infl:.1f} percent in {when}. The three-month Treasury bill "
             f"{_moved(row.tbilrate, row.tbilrate_before, rng)} {row.tbilrate:.1f} percent, and the unemployment rate "

@@ -135,10 +135,74 @@ class Company:
         return round(self.assets - self.liabilities, 1)
 
 
-_STARTS = "Al Bre Cor Dal El Fen Gra Hal Is Jor Kel Lum Mar Nor Or Pel Quil Ros Sal Tor Ul Ver Wes Yar Zen".split()
-_MIDDLES = "ba da ka la ma na ra sa ta va li mi ni ri ti vi lo mo ro to".split()
-_ENDS = "dex gen lix mark nor phos quist rane son tek tris van vik wen zor".split()
-_KINDS = "Group|Holdings|Industries|Systems|Foods|Energy|Logistics|Materials|Pharma|Networks".split("|")
+_STARTS = [
+    "Al",
+    "Bel",
+    "Bren",
+    "Cor",
+    "Dal",
+    "Dun",
+    "El",
+    "Fen",
+    "Gar",
+    "Hal",
+    "Jor",
+    "Kel",
+    "Lin",
+    "Mar",
+    "Nor",
+    "Or",
+    "Pel",
+    "Quin",
+    "Ros",
+    "Sal",
+    "Tor",
+    "Ul",
+    "Ver",
+    "Wes",
+    "Yor",
+    "Zen",
+]
+_ENDS = [
+    "dex",
+    "field",
+    "gate",
+    "len",
+    "lix",
+    "mark",
+    "nor",
+    "ran",
+    "son",
+    "stad",
+    "tek",
+    "tor",
+    "ton",
+    "van",
+    "vik",
+    "win",
+]
+_KINDS = [
+    "Group",
+    "Holdings",
+    "Industries",
+    "Systems",
+    "Foods",
+    "Energy",
+    "Logistics",
+    "Materials",
+    "Pharma",
+    "Networks",
+    "Paper",
+    "Steel",
+    "Motors",
+    "Retail",
+    "Media",
+    "Chemicals",
+    "Optics",
+    "Shipping",
+    "Power",
+    "Tools",
+]
 _SECTORS = (
     "packaging", "industrial pumps", "frozen food", "dental equipment", "truck parts", "office software", "paper mills",
     "home furniture", "wind turbine blades", "specialty chemicals", "sportswear", "freight rail", "insulation", "chips",
@@ -147,7 +211,7 @@ _SECTORS = (
 
 def make_company(rng: random.Random) -> Company:
     """Draw a fictional company; its changes from last year to this year differ in size and sign."""
-    stem = rng.choice(_STARTS) + rng.choice(_MIDDLES) + rng.choice(_ENDS)
+    stem = rng.choice(_STARTS) + rng.choice(_ENDS)
     revenue_before = round(rng.lognormvariate(5.5, 1.2) + 20, 1)
     revenue = round(revenue_before * (1 + rng.gauss(0.02, 0.12)), 1)
     lines = []
@@ -156,7 +220,7 @@ def make_company(rng: random.Random) -> Company:
         lines.append((round(before * (revenue / revenue_before) * (1 + rng.gauss(0, spread)), 1), before))
     assets = round(revenue * rng.uniform(0.7, 1.8), 1)
     return Company(
-        f"{stem} {rng.choice(_KINDS)}", stem[:2].upper() + stem[-2:].upper(), rng.choice(_SECTORS),
+        f"{stem} {rng.choice(_KINDS)}", (stem[:2] + stem[-2:]).upper(), rng.choice(_SECTORS),
         rng.choice(("EUR", "USD", "GBP", "CHF")), (revenue, revenue_before), *lines,
         round(rng.uniform(10, 400), 1), assets, round(assets * rng.uniform(0.3, 0.75), 1),
     )  # fmt: skip

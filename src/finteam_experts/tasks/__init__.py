@@ -53,6 +53,12 @@ def render(task: Task, row: dict[str, str], tokenizer: PreTrainedTokenizerBase) 
 def task_cards() -> list[dict[str, str | list[str]]]:
     """The tasks as JSON-ready rows, for readers without this package."""
     return [
-        {"name": task.name, "title": task.title, "role": task.role, "question": task.question, "labels": list(task.labels)}
+        {
+            "name": task.name,
+            "title": task.title,
+            "role": task.role,
+            "question": task.question,
+            "labels": list(task.labels),
+        }
         for task in TASKS.values()
     ]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A toy base, a small data directory, and one whole toy run that the tests look at. No network, no GPU."""
+
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finteam_experts.data import corpus_file, task_file
+from finteam_experts.sample_data.corpora import corpus
+from finteam_experts.sample_data.task_rows import task_rows
+from finteam_experts.tasks import TASKS
+
+REPOSITORY = Path(__file__).parents[1]
+ROLES = ("macro", "micro", "quant")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Overrides that turn a sample recipe into seconds on the toy base.
+SHORT = ("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lora_r", "4")
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a recipe or script by its path in the repository."""
+    sys.path.insert(0, str(REPOSITORY / Path(path).parent))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(path: str, *arguments: object) -> None:
+    """Run a recipe's or script's `main` in this process, as if called with `arguments`."""
+    argv, sys.argv = sys.argv, [path, *map(str, arguments)]
+    try:
+        load_script(path).main()
+    finally:
+        sys.argv = argv
+
+
+def shell(*command: object, **options) -> subprocess.CompletedProcess:
+    """Run a command from the repository's root, as a user does."""
+    return subprocess.run(
+        [str(part) for part in command], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def train_expert(run_dir: Path, role: str, *arguments: object) -> None:
+    call("recipes/train_expert.py", "--config", REPOSITORY / "recipes/sample/train_expert.yaml", "--run_dir", run_dir,
+         "--role", role, "--max_length", 64, *SHORT, *arguments)  # fmt: skip
+
+
+def instruct_tune(run_dir: Path, what: str, *arguments: object) -> None:
+    recipe = REPOSITORY / f"recipes/sample/instruct_tune_{what}.yaml"
+    call("recipes/instruct_tune.py", "--config", recipe, "--run_dir", run_dir, *SHORT, *arguments)
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory) -> Callable[..., Path]:
+    """Write a toy Llama with a BPE tokenizer and a chat template; keyword arguments override its config."""
+
+    def make(seed: int = 0, **overrides) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
+        text = [passage["text"] for role in ROLES for passage in corpus(role, 40, 0, random.Random(0))[0]]
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer.train_from_iterator(
+            text,
+            trainers.BpeTrainer(
+                vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            ),
+        )
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[2]
+        )
+        fast.chat_template = CHAT_TEMPLATE
+        fast.save_pretrained(folder)
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+            pad_token_id=2, initializer_range=0.2, **overrides,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_base(make_base) -> Path:
+    return make_base()
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> Path:
+    """A small data directory in the contract's form."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows = load_script("scripts/make_sample_data.py")._write_rows
+    for role in ROLES:
+        train, heldout = corpus(role, 60, 8, random.Random(role))
+        write_rows(corpus_file(folder, role), train)
+        write_rows(corpus_file(folder, role, heldout=True), heldout)
+    for task in TASKS:
+        rows = task_rows(task, 40, random.Random(task))
+        write_rows(task_file(folder, task, "train"), rows[:28])
+        write_rows(task_file(folder, task, "test"), rows[28:])
+    return folder
+
+
+@pytest.fixture
+def new_run(tmp_path, toy_base, toy_data) -> Path:
+    """A run folder with base and data, and nothing done yet."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(toy_base, run_dir / "base")
+    shutil.copytree(toy_data, run_dir / "data")
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def done_run(tmp_path_factory, toy_base, toy_data) -> Path:
+    """A run in which every step is complete. Do not write into it: use `copied_run`."""
+    run_dir = tmp_path_factory.mktemp("done") / "run"
+    shutil.copytree(toy_base, run_dir / "base")
+    shutil.copytree(toy_data, run_dir / "data")
+    for role in ROLES:
+        train_expert(run_dir, role)
+    call("scripts/merge_moe.py", "--run_dir", run_dir)
+    instruct_tune(run_dir, "moe")
+    instruct_tune(run_dir, "dense")
+    call("scripts/evaluate.py", "--run_dir", run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def copied_run(tmp_path, done_run) -> Path:
+    """A copy of the complete run, to break."""
+    return shutil.copytree(done_run, tmp_path / "run")
