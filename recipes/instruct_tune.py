@@ -40,6 +40,7 @@ from finteam_experts.training import (
     prepare_checkpoints,
     remove_all_but,
     settings,
+    train,
     use_all_cores,
 )
 
@@ -103,13 +104,13 @@ def main() -> None:
         callbacks=[CompleteCheckpoints()],
     )
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, checkpoint)
     trainer.save_model(str(work / "adapter"))
     results = {
         "trainable_parameters": trainable,
         "total_parameters": total - trainable,
-        "train_rows": len(dataset),
-        "train_tokens": trainer._total_train_tokens,
+        "rows_seen": round(trainer.state.epoch * len(dataset)),
+        "train_tokens": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -121,7 +122,7 @@ def main() -> None:
         remove_all_but(work, ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES))
         about = {key: record[key] for key in ("team", "tasks") if key in record}
         runs.finish(target, {**about, "results": {**results, "logit_difference": difference}})
-        print(f"{target}: tuned on {len(dataset)} rows; merged and adapter logits agree to {difference:.0e}")
+        print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter logits agree to {difference:.0e}")
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 

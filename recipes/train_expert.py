@@ -31,6 +31,7 @@ from finteam_experts.training import (
     prepare_checkpoints,
     remove_all_but,
     settings,
+    train,
     use_all_cores,
 )
 
@@ -38,7 +39,7 @@ from finteam_experts.training import (
 @dataclass
 class ExpertArguments(RunArguments):
     role: str | None = field(default=None, metadata={"help": "A role listed in moe_merge.yaml."})
-    heldout_passages: int = field(default=40, metadata={"help": "Passages for the perplexity before and after."})
+    heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         callbacks=[CompleteCheckpoints()],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, checkpoint)
     trainer.save_model(str(work))
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -91,7 +92,7 @@ def main() -> None:
             "heldout_perplexity_before": round(math.exp(before), 3),
             "heldout_perplexity_after": round(math.exp(after), 3),
             "heldout_passages": len(heldout),
-            "train_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),
+            "train_tokens": trainer.state.num_input_tokens_seen,
             "steps": trainer.state.global_step,
         }
         remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))

@@ -8,7 +8,7 @@
 #   bash scripts/quickstart.sh --run_dir outputs/mine --base ID       # your own base: folder or Hub id
 set -euo pipefail
 
-run_dir=outputs/quickstart data_dir='' base='' limit=80 training=()
+run_dir=outputs/quickstart data_dir='' base='' limit=60 training=()
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
   case "$1" in

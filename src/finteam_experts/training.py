@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, nearest
@@ -64,7 +65,9 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
             if key not in known:
                 raise InputError(f"{path}: unknown key '{key}'.{nearest(key, known)}")
     try:
-        *parsed, unknown = TrlParser(argument_classes).parse_args_and_config(return_remaining_strings=True)
+        *parsed, unknown = TrlParser(argument_classes, allow_abbrev=False).parse_args_and_config(
+            return_remaining_strings=True
+        )
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from None
     if unknown:
@@ -111,6 +114,7 @@ class CompleteCheckpoints(TrainerCallback):
 def prepare_checkpoints(training_args: SFTConfig, work: Path) -> str | None:
     """Point the trainer at `work`, drop half-written checkpoints, and return the one to resume from, if any."""
     training_args.output_dir = str(work)
+    training_args.include_num_input_tokens_seen = "all"  # unlike TRL's own count, it survives a resume
     # The trainer deletes the oldest before the newest is marked complete: keep one more than the newest.
     training_args.save_total_limit = max(training_args.save_total_limit or 2, 2)
     checkpoints = {int(path.name.rpartition("-")[2]): path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
@@ -123,6 +127,17 @@ def prepare_checkpoints(training_args: SFTConfig, work: Path) -> str | None:
         return None
     print(f"Resuming from step {max(complete)}")
     return str(checkpoints[max(complete)])
+
+
+def train(trainer: SFTTrainer, checkpoint: str | None) -> None:
+    """Train from the start or from `checkpoint`; from the last one, only load it: the trainer would take a step more."""
+    if checkpoint:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def remove_all_but(folder: Path, keep: Iterable[str]) -> None:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents name exists, every recipe is one that its script reads, and every command shows its help."""
+
+import re
+import shlex
+import sys
+
+import pytest
+import yaml
+from trl import SFTConfig
+
+from conftest import REPOSITORY, load_script, shell
+from finteam_experts.training import BaseModelConfig, parse
+
+RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
+DOCUMENTS = [
+    REPOSITORY / name for name in ("README.md", "recipes/README.md", "scripts/quickstart.sh", "moe_merge.yaml")
+]
+SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_recipe_parses_strictly_with_its_own_script(recipe, monkeypatch):
+    """The script is the one that the recipe's name begins with; the file starts with its launch command."""
+    scripts = [path for path in (REPOSITORY / "recipes").glob("*.py") if recipe.name.startswith(path.stem)]
+    assert len(scripts) == 1
+    module = load_script(f"recipes/{scripts[0].name}")
+    own = {"train_expert": "ExpertArguments", "instruct_tune": "TuneArguments"}[scripts[0].stem]
+    monkeypatch.setattr("sys.argv", [scripts[0].name, "--config", str(recipe)])
+    parsed = parse((getattr(module, own), SFTConfig, BaseModelConfig))
+    for key, value in yaml.safe_load(recipe.read_text()).items():
+        assert value in [getattr(group, key) for group in parsed if key in vars(group)], key
+    assert f"--config {recipe.relative_to(REPOSITORY)}" in recipe.read_text()
+
+
+def test_recipes_of_one_script_differ_where_they_must():
+    moe, dense = (
+        yaml.safe_load((REPOSITORY / f"recipes/sample/instruct_tune_{name}.yaml").read_text())
+        for name in ("moe", "dense")
+    )
+    different = {key for key in moe | dense if moe.get(key) != dense.get(key)}
+    assert different == {
+        "start_from", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "router_aux_loss_coef",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_paths_exist(document):
+    text = document.read_text()
+    named = set(re.findall(r"(?<![\w/.])(?:recipes|scripts|space|src|tests|docs|results)/[\w./-]*[\w/]", text))
+    assert named
+    missing = {name for name in named if not (REPOSITORY / name).exists()}
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[:2], ids=lambda path: path.name)
+def test_make_targets_and_options_exist(document):
+    text = document.read_text()
+    targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"`?make (quick\w*|test|style|space)\b", text)) <= targets
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        for script in [word for word in words if word.startswith("scripts/") and word.endswith((".py", ".sh"))]:
+            source = (REPOSITORY / script).read_text()
+            options = [word for word in words[words.index(script) :] if word.startswith("--")]
+            assert all(f"{option}" in source for option in options), command
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_shows_help(script):
+    ended = shell(sys.executable, script, "--help")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "--run_dir" in ended.stdout
+
+
+def test_quickstart_refuses_what_it_does_not_know():
+    for arguments, message in ((["--steps", "4"], "unknown option '--steps'"), (["--limit"], "--limit needs a value")):
+        ended = shell("bash", "scripts/quickstart.sh", *arguments)
+        assert ended.returncode == 2
+        assert message in ended.stderr

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 4: the scores are lm-eval's and scikit-learn's, the report is complete, and it resumes model by model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from lm_eval.models.huggingface import HFLM
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from conftest import call
+from finteam_experts.errors import InputError
+from finteam_experts.metrics import confusion, scores, scores_with_errors
+from finteam_experts.models import load_model, load_tokenizer
+from finteam_experts.routing import expert_shares
+from finteam_experts.scoring import LabelScoringLM
+from finteam_experts.tasks import TASKS
+
+
+def evaluate(run_dir, *arguments):
+    call("scripts/evaluate.py", "--run_dir", run_dir, *arguments)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_metrics_equal_scikit_learn(classes):
+    rng = np.random.default_rng(classes)
+    for _ in range(50):
+        n = rng.integers(1, 12)
+        true, predicted = rng.integers(classes, size=(2, n))
+        found = scores(confusion(true, predicted, classes))
+        assert found["accuracy"] == pytest.approx(accuracy_score(true, predicted))
+        assert found["macro_f1"] == pytest.approx(f1_score(true, predicted, average="macro"))
+        if len(set(true) | set(predicted)) > 1:
+            assert found["mcc"] == pytest.approx(matthews_corrcoef(true, predicted))
+
+
+def test_standard_error_of_accuracy_is_the_binomial_one():
+    true = np.array([0, 1] * 100)
+    predicted = np.where(np.arange(200) < 150, true, 1 - true)
+    found = scores_with_errors(true, predicted, 2)
+    assert found["accuracy"] == 0.75
+    assert found["accuracy_stderr"] == pytest.approx((0.75 * 0.25 / 200) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("model", ["base", "moe"])
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+def test_label_scores_equal_those_of_lm_eval(done_run, model, batch_tokens):
+    """Labels of one and of several tokens, some the beginning of others, prompts of many lengths; fp32, 1e-4 nats."""
+    loaded, tokenizer = load_model(done_run / model), load_tokenizer(done_run / model)
+    contexts = ["Rates rose.", "The company reported higher sales in " + "March " * 9, "x" * 40]
+    labels = ["Rise", "Fall", "positive", "positive outlook", "p"]
+    pairs = [(context, label) for context in contexts for label in labels]
+    requests = [((c, x), tokenizer(c)["input_ids"], tokenizer(x)["input_ids"]) for c, x in pairs]
+    options = {"pretrained": loaded, "tokenizer": tokenizer, "batch_size": 1}
+    expected = HFLM(**options)._loglikelihood_tokens(requests, disable_tqdm=True)
+    found = LabelScoringLM(**options, batch_tokens=batch_tokens)._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (score, greedy), (expected_score, expected_greedy) in zip(found, expected, strict=True):
+        assert score == pytest.approx(expected_score, abs=1e-4)
+        assert greedy == expected_greedy
+
+
+def test_report(done_run):
+    report = json.loads((done_run / "reports/evaluation.json").read_text())
+    assert list(report["models"]) == ["base", "dense-instruct", "moe", "moe-instruct"]
+    for part in report["models"].values():
+        assert set(part["tasks"]) == set(TASKS)
+        for task, result in part["tasks"].items():
+            assert result["n"] == sum(result["predicted"].values()) == len(result["predictions"]) == 12
+            assert set(result["predicted"]) == set(TASKS[task].labels)
+            assert 0 <= result["accuracy"] <= 1
+            assert result["macro_f1_stderr"] >= 0
+    for name in ("moe", "moe-instruct"):
+        for shares in report["models"][name]["routing"].values():
+            assert sum(shares.values()) == pytest.approx(1)
+    assert all(entry["mcc"] == 0 for entry in report["majority"].values())
+    assert (done_run / "reports/evaluation.png").stat().st_size > 10_000
+    assert not list((done_run / "reports").glob("*.incomplete"))
+
+
+def test_expert_shares_are_the_mixing_weights(done_run):
+    shares = expert_shares(load_model(done_run / "moe"), [1, 5, 9, 20, 30])
+    assert shares.shape == (2, 3)
+    assert shares.sum(-1).tolist() == pytest.approx([1, 1])
+
+
+def test_complete_report_is_skipped_and_other_inputs_refused(copied_run, capsys):
+    evaluate(copied_run)
+    assert "evaluation.json is complete: skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="limit: recorded None, now 5"):
+        evaluate(copied_run, "--limit", 5)
+
+
+def test_interrupted_evaluation_keeps_finished_models(copied_run, capsys, monkeypatch):
+    shutil.rmtree(copied_run / "reports")
+    import conftest
+
+    script = conftest.load_script("scripts/evaluate.py")
+    original = script.evaluate_model
+
+    def stop_at_moe(folder, *args):
+        if folder.name == "moe":
+            raise KeyboardInterrupt
+        return original(folder, *args)
+
+    monkeypatch.setattr(script, "evaluate_model", stop_at_moe)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run_dir", str(copied_run), "--limit", "6"])
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    monkeypatch.undo()
+    assert not (copied_run / "reports/evaluation.json").exists()
+    evaluate(copied_run, "--limit", 6)
+    assert "dense-instruct: scores are complete: skipped" in capsys.readouterr().out
+    assert json.loads((copied_run / "reports/evaluation.json").read_text())["models"]["moe"]
+
+
+def test_model_that_is_not_there(copied_run):
+    shutil.rmtree(copied_run / "reports")
+    shutil.rmtree(copied_run / "moe-instruct")
+    with pytest.raises(InputError, match="moe-instruct does not exist. Run this step first"):
+        evaluate(copied_run)
+    with pytest.raises(InputError, match="--limit 1: a standard error needs"):
+        evaluate(copied_run, "--limit", 1)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 3: what tuning changes and logs, how it resumes, and that the CPU's loss is TRL's loss."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import SFTConfig, SFTTrainer
+
+from conftest import instruct_tune
+from finteam_experts.data import task_file
+from finteam_experts.errors import InputError
+from finteam_experts.models import load_model, load_tokenizer
+from finteam_experts.runs import read_record, work_folder
+from finteam_experts.sft import CompactHeadSFTTrainer
+
+
+def test_tuning_moves_router_attention_and_every_expert(done_run):
+    before, after = (load_file(done_run / name / "model.safetensors") for name in ("moe", "moe-instruct"))
+    assert before.keys() == after.keys()
+    for name in before:
+        moved = not torch.equal(before[name], after[name])
+        assert moved == ("self_attn" in name or ".mlp." in name), name
+    for position in range(3):
+        name = "model.layers.1.mlp.experts.down_proj"
+        assert not torch.equal(before[name][position], after[name][position])
+
+
+def test_aux_loss_is_logged_and_off_in_the_saved_config(done_run):
+    log = read_record(done_run / "moe-instruct")["results"]["log"]
+    assert len(log) == 4
+    assert all(1.5 < entry["aux_loss"] < 3.5 for entry in log)  # perfect balance is top_k = 2
+    assert load_model(done_run / "moe-instruct").config.output_router_logits is False
+    assert "aux_loss" not in read_record(done_run / "dense-instruct")["results"]["log"][0]
+
+
+def test_dense_baseline_sees_the_same_rows_and_steps(done_run):
+    moe, dense = (read_record(done_run / name)["results"] for name in ("moe-instruct", "dense-instruct"))
+    assert [moe[key] for key in ("train_tokens", "steps", "rows_seen")] == [
+        dense[key] for key in ("train_tokens", "steps", "rows_seen")
+    ]
+    assert max(moe["logit_difference"], dense["logit_difference"]) < 1e-3
+
+
+def test_the_team_travels_with_the_model(done_run):
+    record = read_record(done_run / "moe-instruct")
+    assert [member["title"] for member in record["team"]] == ["Macro analyst", "Micro analyst", "Quantitative analyst"]
+    assert {task["name"] for task in record["tasks"]} == {"fpb", "fiqasa", "headlines", "stock_movement"}
+    assert str(done_run) not in json.dumps(record)
+
+
+def test_interrupted_tuning_of_the_moe_resumes_to_the_same_weights(copied_run, tmp_path, monkeypatch):
+    """Router, expert LoRA and attention LoRA all come back from a checkpoint, with their optimiser states."""
+    shutil.rmtree(copied_run / "moe-instruct")
+    straight = shutil.copytree(copied_run, tmp_path / "straight")
+    instruct_tune(straight, "moe")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            CompactHeadSFTTrainer, "save_model", _save_until_step_two(CompactHeadSFTTrainer.save_model, stop)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            instruct_tune(copied_run, "moe")
+    assert (work_folder(copied_run / "moe-instruct") / "checkpoint-2/checkpoint_is_complete").exists()
+    instruct_tune(copied_run, "moe")
+    expected, resumed = (load_file(run / "moe-instruct/model.safetensors") for run in (straight, copied_run))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_interrupted_between_training_and_merge(copied_run, monkeypatch):
+    """The last checkpoint is complete training: the same command merges it and takes no step more."""
+    expected = load_file(copied_run / "moe-instruct/model.safetensors")
+    results = read_record(copied_run / "moe-instruct")["results"]
+    shutil.rmtree(copied_run / "moe-instruct")
+    with monkeypatch.context() as patched:
+        patched.setattr("finteam_experts.models.PeftModel.from_pretrained", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            instruct_tune(copied_run, "moe")
+    instruct_tune(copied_run, "moe")
+    merged = load_file(copied_run / "moe-instruct/model.safetensors")
+    assert all(torch.equal(expected[name], merged[name]) for name in expected)
+    again = read_record(copied_run / "moe-instruct")["results"]
+    assert [again[key] for key in ("steps", "train_tokens", "rows_seen")] == [
+        results[key] for key in ("steps", "train_tokens", "rows_seen")
+    ]
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def _save_until_step_two(save):
+    def save_model(trainer, *args, **kwargs):
+        return save(trainer, *args, **kwargs) if trainer.state.global_step <= 2 else _interrupt()
+
+    return save_model
+
+
+def test_other_settings_are_refused(copied_run):
+    with pytest.raises(InputError, match=r"settings\.learning_rate: recorded 0\.0006, now 0\.5"):
+        instruct_tune(copied_run, "dense", "--learning_rate", "0.5")
+
+
+def test_test_row_inside_train_is_refused_before_training(new_run):
+    line = task_file(new_run / "data", "fpb", "train").read_text().splitlines()[0]
+    with task_file(new_run / "data", "fpb", "test").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=r"fpb_test\.jsonl, line 13: the same text is in .*fpb_train\.jsonl, line 1"):
+        instruct_tune(new_run, "dense")
+    assert not (new_run / "dense-instruct").exists()
+
+
+@pytest.mark.parametrize(("model", "aux"), [("base", None), ("moe", 0.01)])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_compact_head_gives_the_loss_and_gradients_of_trl(done_run, tmp_path, model, aux, steps):
+    rows = [{"prompt": "Rates rose in " + "March " * n, "completion": "positive" * (n + 1)} for n in range(4)]
+
+    def gradients(trainer_class):
+        torch.manual_seed(0)
+        args = SFTConfig(output_dir=str(tmp_path), padding_free=True, max_length=None, use_cpu=True, bf16=False,
+                         per_device_train_batch_size=4, report_to="none", router_aux_loss_coef=aux,
+                         gradient_checkpointing=False)  # fmt: skip
+        trainer = trainer_class(
+            model=load_model(done_run / model).train(), args=args, train_dataset=Dataset.from_list(rows),
+            processing_class=load_tokenizer(done_run / model),
+        )  # fmt: skip
+        trainer.current_gradient_accumulation_steps = steps
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(37))
+        loss.backward()
+        return loss, {name: p.grad for name, p in trainer.model.named_parameters()}, trainer._metrics["train"]
+
+    expected, compact = gradients(SFTTrainer), gradients(CompactHeadSFTTrainer)
+    torch.testing.assert_close(compact[0], expected[0], rtol=1e-5, atol=1e-6)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(compact[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    for metric in set(expected[2]) - {"entropy"}:
+        assert compact[2][metric] == pytest.approx(expected[2][metric]), metric
