@@ -30,7 +30,7 @@ from finteam_experts.models import (
     weight_files,
 )
 from finteam_experts.sft import CompactHeadSFTTrainer
-from finteam_experts.tasks import TASKS, render
+from finteam_experts.tasks import TASKS, chat, render
 from finteam_experts.training import (
     BaseModelConfig,
     CompleteCheckpoints,
@@ -62,7 +62,7 @@ def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, row
         read_task(data, task.name, "test")  # refuses test rows that are in train, before hours are spent
         rng.shuffle(task_rows)
         for row in task_rows[:rows_per_task]:
-            prompt = [{"role": "user", "content": render(task, row, tokenizer)}]
+            prompt = chat(render(task, row, tokenizer))
             rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": row["label"]}]})
     rng.shuffle(rows)
     return Dataset.from_list(rows)
@@ -93,7 +93,7 @@ def main() -> None:
 
     use_all_cores(training_args)
     set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
-    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto"}
+    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto", **(training_args.model_init_kwargs or {})}
     checkpoint = prepare_checkpoints(training_args, work)
     trainer = CompactHeadSFTTrainer(
         model=str(start),
@@ -116,11 +116,12 @@ def main() -> None:
     }
 
     if trainer.is_world_process_zero():
-        trainer.model = trainer.model_wrapped = None  # room for the merge below
+        trainer.model = trainer.model_wrapped = trainer.optimizer = None  # room for the merge below
+        trainer.accelerator.free_memory()
         difference = merge_adapter(start, work / "adapter", work)
         weights = [file.name for file in weight_files(work)]
         remove_all_but(work, ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES))
-        about = {key: record[key] for key in ("team", "tasks") if key in record}
+        about = {key: record[key] for key in ("team", "system_prompt", "tasks") if key in record}
         runs.finish(target, {**about, "results": {**results, "logit_difference": difference}})
         print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter logits agree to {difference:.0e}")
     trainer.accelerator.wait_for_everyone()

@@ -69,7 +69,7 @@ def main() -> None:
 
     use_all_cores(training_args)
     set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
-    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto"}
+    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto", **(training_args.model_init_kwargs or {})}
     checkpoint = prepare_checkpoints(training_args, work)
     trainer = CompactHeadSFTTrainer(
         model=str(base),

@@ -30,10 +30,10 @@ from finteam_experts.metrics import scores_with_errors
 from finteam_experts.models import fingerprint, load_model, load_tokenizer, local_folder
 from finteam_experts.routing import expert_shares
 from finteam_experts.scoring import LabelScoringLM
-from finteam_experts.tasks import FOLDER, TASKS, render
+from finteam_experts.tasks import FOLDER, SYSTEM_PROMPT, TASKS, chat, render
 
 MODELS = ("base", "dense-instruct", "moe", "moe-instruct")
-ROUTING_ROWS = 12  # prompts a task whose routing is looked at
+ROUTING_ROWS = 8  # prompts a task whose routing is looked at
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC"}
 
 
@@ -56,6 +56,7 @@ def evaluate_model(
         tasks=tasks,
         task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
         apply_chat_template=True,
+        system_instruction=SYSTEM_PROMPT,
         bootstrap_iters=0,  # errors are computed below, for all metrics alike
     )
     report: dict[str, Any] = {"tasks": {task: _task_report(task, output["samples"][task]) for task in rows}}
@@ -93,8 +94,9 @@ def _task_report(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _routing(model, tokenizer: PreTrainedTokenizerBase, team: list[str], prompts: list[str]) -> dict[str, float]:
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    encoded = tokenizer.apply_chat_template([chat(prompt) for prompt in prompts], add_generation_prompt=True)[
+        "input_ids"
+    ]
     shares = np.mean([expert_shares(model, ids).mean(0).tolist() for ids in encoded], axis=0)
     return dict(zip(team, map(float, shares), strict=True))
 

@@ -33,7 +33,7 @@ from finteam_experts.models import (
     weight_files,
 )
 from finteam_experts.roles import team_card
-from finteam_experts.tasks import task_cards
+from finteam_experts.tasks import SYSTEM_PROMPT, task_cards
 from finteam_experts.training import REPOSITORY, remove_all_but
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     build(config, str(work), MergeOptions(copy_tokenizer=False))
     copy_companions(base, work)
     check_moe(work, base, config)
-    runs.finish(target, {"team": team_card(names), "tasks": task_cards()})
+    runs.finish(target, {"team": team_card(names), "system_prompt": SYSTEM_PROMPT, "tasks": task_cards()})
     print(
         f"{target}: {len(names)} experts, {config.experts_per_token} a token; every tensor checked against its source"
     )

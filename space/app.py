@@ -34,7 +34,8 @@ def read_card() -> dict:
     return json.loads((local if local.is_file() else Path(hf_hub_download(MODEL_ID, "finteam.json"))).read_text())
 
 
-TEAM = read_card()["team"]
+CARD = read_card()
+TEAM = CARD["team"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(MODEL_ID)
 model = AutoModelForCausalLM.from_pretrained(MODEL_ID).to(DEVICE).eval()
@@ -60,7 +61,7 @@ def answer(question: str) -> Iterator[tuple[str, dict[str, float] | object]]:
         raise gr.Error("Please type a question.")
     if len(question) > MAX_CHARACTERS:
         raise gr.Error(f"Please keep the question below {MAX_CHARACTERS} characters; this one has {len(question)}.")
-    chat = [{"role": "user", "content": question}]
+    chat = [{"role": "system", "content": CARD["system_prompt"]}, {"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
         DEVICE
     )
@@ -85,7 +86,7 @@ def answer(question: str) -> Iterator[tuple[str, dict[str, float] | object]]:
     yield text, analyst_shares(output[0])
 
 
-with gr.Blocks(title="FinTeamExperts") as demo:
+with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
     gr.Markdown(
         "# FinTeamExperts\nThree analysts in one model. An AI answers here, and it is **not financial advice**."
     )

@@ -29,6 +29,7 @@ def test_recipe_parses_strictly_with_its_own_script(recipe, monkeypatch):
     monkeypatch.setattr("sys.argv", [scripts[0].name, "--config", str(recipe)])
     parsed = parse((getattr(module, own), SFTConfig, BaseModelConfig))
     for key, value in yaml.safe_load(recipe.read_text()).items():
+        value = [] if (key, value) == ("report_to", "none") else value  # how transformers keeps it
         assert value in [getattr(group, key) for group in parsed if key in vars(group)], key
     assert f"--config {recipe.relative_to(REPOSITORY)}" in recipe.read_text()
 
@@ -41,6 +42,7 @@ def test_recipes_of_one_script_differ_where_they_must():
     different = {key for key in moe | dense if moe.get(key) != dense.get(key)}
     assert different == {
         "start_from", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "router_aux_loss_coef",
+        "model_init_kwargs",
     }  # fmt: skip
 
 

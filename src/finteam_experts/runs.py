@@ -96,7 +96,7 @@ def check_disk_room(folder: Path, needed_bytes: int) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that `path` is either whole or not there at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
 

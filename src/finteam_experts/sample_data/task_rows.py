@@ -121,25 +121,25 @@ def _headlines(rng: random.Random) -> Row:
 
 
 _GOOD_NEWS = (
-    "sales {x}% above estimates|guidance raised by {x}%|wins an order worth {x}% of sales|margin beats forecasts by {x} points|"
-    "dividend lifted {x}%|analyst raises the target by {x}%|costs {x}% below plan"
+    "sales beat estimates by {x}%|strong quarter, profit {x}% above forecast|raises its guidance by {x}%|wins an order worth {x}% of sales|"
+    "dividend lifted {x}%|upgraded, price target {x}% higher|costs down {x}%|buyback of {x}% of the shares"
 )
 _BAD_NEWS = (
-    "sales {x}% below estimates|guidance cut by {x}%|loses an order worth {x}% of sales|margin misses forecasts by {x} points|"
-    "dividend cut {x}%|analyst lowers the target by {x}%|costs {x}% above plan"
+    "sales miss estimates by {x}%|weak quarter, profit {x}% below forecast|cuts its guidance by {x}%|loses a customer worth {x}% of sales|"
+    "dividend cut {x}%|downgraded, price target {x}% lower|costs up {x}%|product recall costs {x}% of sales"
 )
 
 
 def _stock_movement(rng: random.Random) -> Row:
-    """Three daily returns of a fictional share, the evening's news, and the next day's move as the label.
+    """Two daily returns of a fictional share, the evening's news, and the next day's move as the label.
 
-    The share follows its news: the next return is 0.3 times the surprise in percent plus noise of 1 percent.
+    The share follows its news: the next return is 0.22 times the surprise in percent plus noise of 1 percent.
     """
     surprise = rng.choice((-1, 1)) * rng.randint(1, 9)
-    next_return = 0.3 * surprise + rng.gauss(0, 1)
+    next_return = 0.22 * surprise + rng.gauss(0, 1)
     news = _pick(rng, _GOOD_NEWS if surprise > 0 else _BAD_NEWS).format(x=abs(surprise))
-    days = ", ".join(f"{rng.gauss(0, 1.2):+.1f}%" for _ in range(3))
-    text = f"{make_company(rng).name}, last three days: {days}. News tonight: {news}."
+    days = " and ".join(f"{rng.gauss(0, 1.2):+.1f}%" for _ in range(2))
+    text = f"{make_company(rng).name}, {days} in two days. News: {news}."
     return {"text": text, "label": "Rise" if next_return > 0 else "Fall"}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The finance tasks: each YAML here is an lm-eval task, and the one place that says its question and labels.
 
-`render` turns a row into the prompt that training, evaluation and the Space share.
+`render` turns a row into the prompt that training, evaluation and the Space share, below the same system prompt.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).parent
+# Given explicitly: templates fill a missing one with the base's own identity, which is wrong here, or with the date.
+SYSTEM_PROMPT = "You are a financial analyst."
 PROMPT = "{text}\n\n{question} Answer {labels}."
 
 
@@ -48,6 +50,11 @@ def render(task: Task, row: dict[str, str], tokenizer: PreTrainedTokenizerBase) 
         text = text[: tokens[task.max_text_tokens - 1][1]]
     labels = " or ".join([", ".join(task.labels[:-1]), task.labels[-1]])
     return PROMPT.format(text=text, question=row.get("question", task.question), labels=labels)
+
+
+def chat(prompt: str) -> list[dict[str, str]]:
+    """The conversation that asks `prompt`, in the form of every tokenizer's chat template."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
 
 
 def task_cards() -> list[dict[str, str | list[str]]]:
