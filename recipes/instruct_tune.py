@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
-from trl import SFTConfig, get_peft_config
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from finteam_experts import runs
 from finteam_experts.data import read_task, task_file
@@ -29,19 +29,15 @@ from finteam_experts.models import (
     merge_adapter,
     weight_files,
 )
-from finteam_experts.sft import CompactHeadSFTTrainer
 from finteam_experts.tasks import TASKS, chat, render
 from finteam_experts.training import (
     BaseModelConfig,
-    CompleteCheckpoints,
     RunArguments,
     begin_on_all,
     parse,
-    prepare_checkpoints,
     remove_all_but,
     settings,
-    train,
-    use_all_cores,
+    train_lora,
 )
 
 OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
@@ -91,20 +87,8 @@ def main() -> None:
         return
     runs.check_disk_room(target, 2 * sum(file.stat().st_size for file in weight_files(start)))
 
-    use_all_cores(training_args)
-    set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
-    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto", **(training_args.model_init_kwargs or {})}
-    checkpoint = prepare_checkpoints(training_args, work)
-    trainer = CompactHeadSFTTrainer(
-        model=str(start),
-        args=training_args,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        callbacks=[CompleteCheckpoints()],
-    )
+    trainer = train_lora(start, dataset, tokenizer, training_args, model_args, work)
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    train(trainer, checkpoint)
     trainer.save_model(str(work / "adapter"))
     results = {
         "trainable_parameters": trainable,

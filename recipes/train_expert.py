@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import set_seed
-from trl import SFTConfig, get_peft_config
+from trl import SFTConfig
 
 from finteam_experts import runs
 from finteam_experts.data import corpus_file, read_corpus
@@ -21,18 +20,14 @@ from finteam_experts.errors import InputError, run
 from finteam_experts.merge_config import check_role
 from finteam_experts.models import MLP_MODULES, check_base, fingerprint, load_tokenizer, local_folder
 from finteam_experts.perplexity import heldout_loss
-from finteam_experts.sft import CompactHeadSFTTrainer
 from finteam_experts.training import (
     BaseModelConfig,
-    CompleteCheckpoints,
     RunArguments,
     begin_on_all,
     parse,
-    prepare_checkpoints,
     remove_all_but,
     settings,
-    train,
-    use_all_cores,
+    train_lora,
 )
 
 
@@ -67,19 +62,7 @@ def main() -> None:
     if work is None:
         return
 
-    use_all_cores(training_args)
-    set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
-    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto", **(training_args.model_init_kwargs or {})}
-    checkpoint = prepare_checkpoints(training_args, work)
-    trainer = CompactHeadSFTTrainer(
-        model=str(base),
-        args=training_args,
-        train_dataset=Dataset.from_dict({"text": passages}),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        callbacks=[CompleteCheckpoints()],
-    )
-    train(trainer, checkpoint)
+    trainer = train_lora(base, Dataset.from_dict({"text": passages}), tokenizer, training_args, model_args, work)
     trainer.save_model(str(work))
 
     model = trainer.accelerator.unwrap_model(trainer.model)

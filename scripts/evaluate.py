@@ -19,6 +19,7 @@ import lm_eval
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,6 @@ from finteam_experts.tasks import FOLDER, SYSTEM_PROMPT, TASKS, chat, render
 
 MODELS = ("base", "dense-instruct", "moe", "moe-instruct")
 ROUTING_ROWS = 8  # prompts a task whose routing is looked at
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC"}
 
 
 def test_rows(data: Path, task: str, limit: int | None) -> list[dict[str, str]]:
@@ -48,7 +48,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score one model on `rows` of each task; returns its part of the report."""
     start = time.monotonic()
-    model = load_model(folder)
+    model = load_model(folder).to(PartialState().device)
     prompts = {task: [render(TASKS[task], row, tokenizer) for row in rows[task]] for task in rows}
     tasks = [_lm_eval_task(task, prompts[task], rows[task], work) for task in rows]
     output = lm_eval.simple_evaluate(

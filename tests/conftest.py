@@ -2,7 +2,6 @@
 """A toy base, a small data directory, and one whole toy run that the tests look at. No network, no GPU."""
 
 import importlib.util
-import os
 import random
 import shutil
 import subprocess
@@ -29,8 +28,6 @@ CHAT_TEMPLATE = (
 )
 # Overrides that turn a sample recipe into seconds on the toy base.
 SHORT = ("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lora_r", "4")
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def load_script(path: str) -> ModuleType:

@@ -140,3 +140,4 @@ def test_two_processes_under_accelerate(new_run):
     assert results["heldout_perplexity_after"] < results["heldout_perplexity_before"]
     assert results["steps"] == 4
     assert not list((new_run / "adapters").glob("*.incomplete"))
+    assert "cut off" not in ended.stdout

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two training recipes share: their arguments, strict parsing, and resuming from checkpoints."""
+"""What the two training recipes share: their arguments, strict parsing, and LoRA training that resumes."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -13,20 +14,23 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, nearest
+from finteam_experts.sft import CompactHeadSFTTrainer
 
 REPOSITORY = Path(__file__).parents[2]
 _COMPLETE = "checkpoint_is_complete"
 # Settings that change what is shown, kept or where it lies, never the weights: two runs may differ in them.
 _NOT_INPUTS = (
     "output_dir", "run_dir", "data_dir", "merge_config", "model_name_or_path", "use_cpu", "disable_tqdm", "report_to",
-    "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub", "dataloader_",
+    "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
     "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "heldout_passages", "accelerator_config", "debug",
     "role", "activation_checkpointing", "gradient_checkpointing",
 )  # fmt: skip
@@ -61,7 +65,10 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
         path = Path(sys.argv[sys.argv.index("--config") + 1])
         if not path.is_file():
             raise InputError(f"--config {path}: no such file.")
-        for key in yaml.safe_load(path.read_text()):
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: a recipe is a mapping of settings, found {type(content).__name__}.")
+        for key in content:
             if key not in known:
                 raise InputError(f"{path}: unknown key '{key}'.{nearest(key, known)}")
     try:
@@ -78,12 +85,6 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
     return tuple(parsed)
 
 
-def use_all_cores(training_args: SFTConfig) -> None:
-    """Share the CPU's cores among the processes of this launch: `accelerate launch` leaves each with one thread."""
-    if training_args.use_cpu:
-        torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
-
-
 def settings(*arguments: Any) -> dict[str, Any]:
     """The settings that differ from their defaults and can change the weights, by name."""
     changed = {}
@@ -97,9 +98,46 @@ def settings(*arguments: Any) -> dict[str, Any]:
 
 
 def begin_on_all(target: Path, step: str, inputs: dict[str, Any]) -> Path | None:
-    """`runs.begin` in every process of a launch: the main process makes the folder, the others find it."""
-    with PartialState().main_process_first():
+    """`runs.begin` in every process of a launch: the main process makes the folder, the others find it in silence."""
+    state = PartialState()
+    silence = contextlib.nullcontext() if state.is_main_process else contextlib.redirect_stdout(None)
+    with state.main_process_first(), silence:
         return runs.begin(target, step, inputs)
+
+
+def train_lora(
+    model_folder: Path,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: SFTConfig,
+    model_args: BaseModelConfig,
+    work: Path,
+) -> SFTTrainer:
+    """Train a LoRA on `dataset`, with checkpoints in `work`, from the last complete one if there is any."""
+    if training_args.use_cpu:  # `accelerate launch` leaves each process with one thread
+        torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
+    set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
+    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto", **(training_args.model_init_kwargs or {})}
+    training_args.output_dir = str(work)
+    training_args.include_num_input_tokens_seen = "all"  # unlike TRL's own count, it survives a resume
+    # The trainer deletes the oldest before the newest is marked complete: keep one more than the newest.
+    training_args.save_total_limit = max(training_args.save_total_limit or 2, 2)
+    checkpoint = _last_complete_checkpoint(work)
+    trainer = CompactHeadSFTTrainer(
+        model=str(model_folder),
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=[CompleteCheckpoints()],
+    )
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+    if state and state.global_step >= state.max_steps:  # only load it: the trainer would take a step more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -108,15 +146,11 @@ class CompleteCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            (_checkpoint(Path(args.output_dir), state.global_step) / _COMPLETE).touch()
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _COMPLETE).touch()
 
 
-def prepare_checkpoints(training_args: SFTConfig, work: Path) -> str | None:
-    """Point the trainer at `work`, drop half-written checkpoints, and return the one to resume from, if any."""
-    training_args.output_dir = str(work)
-    training_args.include_num_input_tokens_seen = "all"  # unlike TRL's own count, it survives a resume
-    # The trainer deletes the oldest before the newest is marked complete: keep one more than the newest.
-    training_args.save_total_limit = max(training_args.save_total_limit or 2, 2)
+def _last_complete_checkpoint(work: Path) -> Path | None:
+    """The newest complete checkpoint in `work`; half-written ones are deleted, lest the trainer writes into them."""
     checkpoints = {int(path.name.rpartition("-")[2]): path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     with PartialState().main_process_first():
         for path in checkpoints.values():
@@ -126,18 +160,7 @@ def prepare_checkpoints(training_args: SFTConfig, work: Path) -> str | None:
     if not complete:
         return None
     print(f"Resuming from step {max(complete)}")
-    return str(checkpoints[max(complete)])
-
-
-def train(trainer: SFTTrainer, checkpoint: str | None) -> None:
-    """Train from the start or from `checkpoint`; from the last one, only load it: the trainer would take a step more."""
-    if checkpoint:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if state.global_step >= state.max_steps:
-            trainer._load_from_checkpoint(checkpoint)
-            trainer.state = state
-            return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    return checkpoints[max(complete)]
 
 
 def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
@@ -145,7 +168,3 @@ def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
     for path in folder.iterdir():
         if path.name not in keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _checkpoint(folder: Path, step: int) -> Path:
-    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
