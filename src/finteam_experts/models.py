@@ -28,7 +28,10 @@ def local_folder(name: str) -> Path:
     if (Path(name) / "config.json").is_file():
         return Path(name)
     if Path(name).exists() or name.count("/") != 1:
-        raise InputError(f"'{name}' is neither a model folder (it has no config.json) nor a Hub id like 'owner/name'.")
+        raise InputError(
+            f"'{name}' is neither a model folder (it has no config.json) nor a Hub id like 'owner/name'. Name a base with "
+            "--base, or let scripts/make_base.py write RUN_DIR/base."
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *COMPANION_FILES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
