@@ -8,7 +8,7 @@
 #   bash scripts/quickstart.sh --run_dir outputs/mine --base ID       # your own base: folder or Hub id
 set -euo pipefail
 
-run_dir=outputs/quickstart data_dir='' base='' limit=60 training=()
+run_dir=outputs/quickstart data_dir='' base='' limit=60 steps=()
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
   case "$1" in
@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
     --data_dir) data_dir=$2 ;;
     --base) base=$2 ;;
     --limit) limit=$2 ;;
-    --max_steps) training=(--max_steps "$2") ;;
+    --max_steps) steps=(--max_steps "$2") ;;
     *) echo "error: unknown option '$1'; known: --run_dir --data_dir --base --limit --max_steps" >&2; exit 2 ;;
   esac
   shift 2
@@ -28,20 +28,21 @@ launch() { step "$1" accelerate launch --config_file recipes/accelerate/cpu.yaml
 [ -n "$data_dir" ] || step "sample data" python scripts/make_sample_data.py --run_dir "$run_dir"
 data=(--data_dir "${data_dir:-$run_dir/data}")
 base=(--base "${base:-$run_dir/base}")
+training=("${data[@]}" ${steps[@]+"${steps[@]}"})  # macOS's bash 3 calls an empty array unset
 
 # Step 1: one LoRA for each role
 for role in macro micro quant; do
   launch "expert: $role" recipes/train_expert.py --config recipes/sample/train_expert.yaml \
-    --role "$role" "${data[@]}" "${base[@]}" "${training[@]}"
+    --role "$role" "${base[@]}" "${training[@]}"
 done
 
 # Step 2: the experts become one mixture of experts
 step "merge" python scripts/merge_moe.py --run_dir "$run_dir" "${base[@]}"
 
 # Step 3: tune the team, and a dense model on the same rows for comparison
-launch "tune: team" recipes/instruct_tune.py --config recipes/sample/instruct_tune_moe.yaml "${data[@]}" "${training[@]}"
+launch "tune: team" recipes/instruct_tune.py --config recipes/sample/instruct_tune_moe.yaml "${training[@]}"
 launch "tune: dense baseline" recipes/instruct_tune.py --config recipes/sample/instruct_tune_dense.yaml \
-  "${data[@]}" "${base[@]}" "${training[@]}"
+  "${base[@]}" "${training[@]}"
 
 # Step 4: what that bought
 step "evaluation" python scripts/evaluate.py --run_dir "$run_dir" "${data[@]}" "${base[@]}" --limit "$limit"

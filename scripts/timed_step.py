@@ -23,8 +23,9 @@ def run_step(notes: Path, title: str, command: list[str]) -> int:
     start = time.monotonic()
     code = subprocess.call(command)
     if code == 0:
-        kibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process below this one
-        note = {"title": title, "seconds": round(time.monotonic() - start, 1), "peak_gib": round(kibibytes / 2**20, 2)}
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process below this one
+        gib = peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
+        note = {"title": title, "seconds": round(time.monotonic() - start, 1), "peak_gib": round(gib, 2)}
         notes.parent.mkdir(parents=True, exist_ok=True)
         with notes.open("a") as file:
             file.write(json.dumps(note) + "\n")
