@@ -35,7 +35,6 @@ from finteam_experts.training import (
     RunArguments,
     begin_on_all,
     parse,
-    remove_all_but,
     settings,
     train_lora,
 )
@@ -104,7 +103,9 @@ def main() -> None:
         trainer.accelerator.free_memory()
         difference = merge_adapter(start, work / "adapter", work)
         weights = [file.name for file in weight_files(work)]
-        remove_all_but(work, ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES))
+        runs.remove_all_but(
+            work, ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES)
+        )
         about = {key: record[key] for key in ("team", "system_prompt", "tasks") if key in record}
         runs.finish(target, {**about, "results": {**results, "logit_difference": difference}})
         print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter logits agree to {difference:.0e}")

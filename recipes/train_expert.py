@@ -17,7 +17,7 @@ from trl import SFTConfig
 from finteam_experts import runs
 from finteam_experts.data import corpus_file, read_corpus
 from finteam_experts.errors import InputError, run
-from finteam_experts.merge_config import check_role
+from finteam_experts.merge_config import MERGE_FILE, check_role
 from finteam_experts.models import MLP_MODULES, check_base, fingerprint, load_tokenizer, local_folder
 from finteam_experts.perplexity import heldout_loss
 from finteam_experts.training import (
@@ -25,7 +25,6 @@ from finteam_experts.training import (
     RunArguments,
     begin_on_all,
     parse,
-    remove_all_but,
     settings,
     train_lora,
 )
@@ -34,6 +33,7 @@ from finteam_experts.training import (
 @dataclass
 class ExpertArguments(RunArguments):
     role: str | None = field(default=None, metadata={"help": "A role listed in moe_merge.yaml."})
+    merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
 
 
@@ -78,7 +78,7 @@ def main() -> None:
             "train_tokens": trainer.state.num_input_tokens_seen,
             "steps": trainer.state.global_step,
         }
-        remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))
+        runs.remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))
         runs.finish(target, {"results": results})
         print(f"{target}: held-out perplexity of {role} {math.exp(before):.2f} before, {math.exp(after):.2f} after")
     trainer.accelerator.wait_for_everyone()

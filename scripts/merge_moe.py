@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, run
-from finteam_experts.merge_config import in_run, read_merge_config, roles
+from finteam_experts.merge_config import MERGE_FILE, in_run, read_merge_config, roles
 from finteam_experts.models import (
     MLP_MODULES,
     check_base,
@@ -34,7 +34,6 @@ from finteam_experts.models import (
 )
 from finteam_experts.roles import team_card
 from finteam_experts.tasks import SYSTEM_PROMPT, task_cards
-from finteam_experts.training import REPOSITORY, remove_all_but
 
 
 def check_adapter(folder: Path, role: str, base_fingerprint: str) -> None:
@@ -108,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--base", help="dense base: Hub id or folder (default: RUN_DIR/base)")
-    parser.add_argument("--merge_config", type=Path, default=REPOSITORY / "moe_merge.yaml")
+    parser.add_argument("--merge_config", type=Path, default=MERGE_FILE)
     args = parser.parse_args()
 
     config = read_merge_config(args.merge_config)
@@ -132,7 +131,7 @@ def main() -> None:
     work = runs.begin(target, "merge_moe", {"base": base_fingerprint, "adapters": adapters, **gate})
     if work is None:
         return
-    remove_all_but(work, (runs.RECORD,))
+    runs.remove_all_but(work, (runs.RECORD,))
     config = in_run(config, base, args.run_dir)
     build(config, str(work), MergeOptions(copy_tokenizer=False))
     copy_companions(base, work)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from finteam_experts.errors import InputError, nearest
 
+MERGE_FILE = Path(__file__).parents[2] / "moe_merge.yaml"
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 
 

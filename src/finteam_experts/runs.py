@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,13 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
+    """Delete checkpoints and whatever else a library left in `folder` besides the files in `keep`."""
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_same_inputs(folder: Path, step: str, inputs: dict[str, Any]) -> None:

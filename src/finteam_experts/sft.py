@@ -9,7 +9,7 @@ class CompactHeadSFTTrainer(SFTTrainer):
     """On a CPU, runs the vocabulary head once, and only on the positions that carry a label.
 
     TRL 1.16 does so on GPUs; elsewhere it scores every position in chunks and computes each chunk again in the backward
-    pass, which at 135M parameters is two fifths of a training step. The loss is the same (see tests/test_training.py);
+    pass, which is a large part of a small model's training step. The loss is the same (see tests/test_training.py);
     the logged entropy is left out. Applies to padding-free batches (`packing: true`); others take TRL's own path.
     """
 

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from finteam_experts import runs
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.sft import CompactHeadSFTTrainer
 
-REPOSITORY = Path(__file__).parents[2]
 _COMPLETE = "checkpoint_is_complete"
 # Settings that change what is shown, kept or where it lies, never the weights: two runs may differ in them.
 _NOT_INPUTS = (
@@ -42,9 +40,6 @@ class RunArguments:
         default="outputs/quickstart", metadata={"help": "Run folder; every step has its place in it."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Data directory. Defaults to RUN_DIR/data."})
-    merge_config: str = field(
-        default=str(REPOSITORY / "moe_merge.yaml"), metadata={"help": "The merge: it lists the roles of the team."}
-    )
 
     def data_folder(self) -> Path:
         return Path(self.data_dir or Path(self.run_dir) / "data")
@@ -161,10 +156,3 @@ def _last_complete_checkpoint(work: Path) -> Path | None:
         return None
     print(f"Resuming from step {max(complete)}")
     return checkpoints[max(complete)]
-
-
-def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
-    """Delete checkpoints and whatever else a library left in `folder` besides the files in `keep`."""
-    for path in folder.iterdir():
-        if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
