@@ -10,15 +10,17 @@ answers only.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from finteam_experts import runs
-from finteam_experts.data import read_task, task_file
+from finteam_experts.batches import encode
+from finteam_experts.data import read_corpus, read_task, task_file
 from finteam_experts.errors import run
 from finteam_experts.models import (
     COMPANION_FILES,
@@ -29,6 +31,7 @@ from finteam_experts.models import (
     merge_adapter,
     weight_files,
 )
+from finteam_experts.routing import RoutingCallback
 from finteam_experts.tasks import TASKS, chat, render
 from finteam_experts.training import (
     BaseModelConfig,
@@ -39,6 +42,7 @@ from finteam_experts.training import (
     train_lora,
 )
 
+ROUTING_TOKENS = 96
 OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
 
 
@@ -46,6 +50,10 @@ OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
 class TuneArguments(RunArguments):
     start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
     rows_per_task: int | None = field(default=None, metadata={"help": "At most so many train rows of each task."})
+    routing_steps: int = field(
+        default=100, metadata={"help": "Measure the MoE's routing of held-out text every so many steps; 0: never."}
+    )
+    routing_passages: int = field(default=8, metadata={"help": "Held-out passages a role for that, 96 tokens each."})
 
 
 def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, rows_per_task: int | None) -> Dataset:
@@ -63,6 +71,17 @@ def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, row
     return Dataset.from_list(rows)
 
 
+def routing_callback(
+    args: TuneArguments, data: Path, team: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[SFTTrainer], RoutingCallback] | None:
+    """Makes the callback that logs where the router sends each role's held-out text; `None` if none is wanted."""
+    if not team or args.routing_steps < 1:
+        return None
+    passages = [read_corpus(data, role, heldout=True)[: args.routing_passages] for role in team]
+    sequences = [encode(tokenizer, own, ROUTING_TOKENS) for own in passages]
+    return lambda trainer: RoutingCallback(trainer, sequences, args.routing_steps)
+
+
 def main() -> None:
     script_args, training_args, model_args = parse((TuneArguments, SFTConfig, BaseModelConfig))
     run_dir, data = Path(script_args.run_dir), script_args.data_folder()
@@ -73,6 +92,8 @@ def main() -> None:
         start, record = local_folder(model_args.model_name_or_path or str(run_dir / "base")), {}
         check_base(start)
     tokenizer = load_tokenizer(start)
+    team = [member["name"] for member in record.get("team", ())]
+    callback_of = routing_callback(script_args, data, team, tokenizer)
     dataset = conversations(data, tokenizer, training_args.seed, script_args.rows_per_task)
 
     target = run_dir / OUTPUTS[script_args.start_from]
@@ -86,7 +107,7 @@ def main() -> None:
         return
     runs.check_disk_room(target, 2 * sum(file.stat().st_size for file in weight_files(start)))
 
-    trainer = train_lora(start, dataset, tokenizer, training_args, model_args, work)
+    trainer = train_lora(start, dataset, tokenizer, training_args, model_args, work, callback_of)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     trainer.save_model(str(work / "adapter"))
     results = {
@@ -96,6 +117,11 @@ def main() -> None:
         "train_tokens": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "routing": [
+            {key.removeprefix("routing/"): value for key, value in entry.items() if key != "epoch"}
+            for entry in trainer.state.log_history
+            if "routing/load_entropy" in entry
+        ],
     }
 
     if trainer.is_world_process_zero():

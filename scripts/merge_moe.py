@@ -4,10 +4,11 @@
     python scripts/merge_moe.py --run_dir outputs/quickstart
 
 Reads RUN_DIR/adapters and moe_merge.yaml, writes RUN_DIR/experts/ROLE and RUN_DIR/moe. The router starts from the
-hidden states of the prompts in moe_merge.yaml.
+hidden states of the prompts in moe_merge.yaml; scripts/fit_router.py fits it next.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +18,17 @@ from mergekit.moe.config import MoEMergeConfig
 from mergekit.options import MergeOptions
 from mergekit.scripts.moe import build
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, run
-from finteam_experts.merge_config import MERGE_FILE, in_run, read_merge_config, roles
+from finteam_experts.gates import GATES, read_gates
+from finteam_experts.merge_config import MERGE_FILE, in_run, read_merge_config, roles, trained_roles
 from finteam_experts.models import (
     MLP_MODULES,
     check_base,
     copy_companions,
     fingerprint,
-    load_model,
     load_tokenizer,
     local_folder,
     merge_adapter,
@@ -59,13 +61,16 @@ def check_adapter(folder: Path, role: str, base_fingerprint: str) -> None:
                 )
 
 
-def merge_experts(base: Path, base_fingerprint: str, run_dir: Path, names: list[str]) -> dict[str, str]:
+def merge_experts(
+    base: Path, base_fingerprint: str, run_dir: Path, names: list[str], overwrite: bool
+) -> dict[str, str]:
     """Write RUN_DIR/experts/ROLE for every role; return the hash of each adapter."""
     hashes = {}
     for role in names:
         adapter, target = run_dir / "adapters" / role, run_dir / "experts" / role
         hashes[role] = runs.file_hash(adapter / "adapter_model.safetensors")
-        work = runs.begin(target, "merge_expert", {"base": base_fingerprint, "adapter": hashes[role]})
+        inputs = {"base": base_fingerprint, "adapter": hashes[role]}
+        work = runs.begin(target, "merge_expert", inputs, overwrite=overwrite)
         if work:
             difference = merge_adapter(base, adapter, work)
             runs.finish(target, {"results": {"logit_difference": difference}})
@@ -74,26 +79,35 @@ def merge_experts(base: Path, base_fingerprint: str, run_dir: Path, names: list[
 
 
 def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
-    """Raise unless the MoE loads exactly, its experts equal their sources, the rest the base, and its logits are finite."""
-    model = load_model(moe)
-    tensors = dict(model.state_dict())
-    experts = [dict(_tensors(Path(expert.source_model.model.path))) for expert in config.experts]
-    for name, source in _tensors(base):
-        if ".mlp." not in name and not torch.equal(tensors[name], source):
-            raise InputError(f"{moe}: {name} differs from the base's. Delete the folder and merge again.")
-    for layer in range(model.config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.mlp"
-        for position, expert in enumerate(experts):
-            gate, up, down = (expert[f"{prefix}.{module}.weight"] for module in MLP_MODULES)
-            fused = (
-                tensors[f"{prefix}.experts.gate_up_proj"][position],
-                tensors[f"{prefix}.experts.down_proj"][position],
-            )
-            if not (torch.equal(fused[0], torch.cat([gate, up])) and torch.equal(fused[1], down)):
-                raise InputError(f"{moe}: expert {position} of layer {layer} differs from its source. Merge again.")
-    with torch.no_grad():
-        if not model(torch.arange(5, 21)[None]).logits.isfinite().all():
-            raise InputError(f"{moe}: its logits are not finite. Look for NaN in the adapters.")
+    """Raise unless every tensor of the MoE is its source's: the experts', the base's, or finite gates. Nothing is loaded."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(moe)]
+        merged = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        expected = set()
+
+        def compare(name: str, source: torch.Tensor, part: tuple = ()) -> None:
+            expected.add(name)
+            if name not in merged or not torch.equal(merged[name].get_slice(name)[(*part, ...)], source):
+                raise InputError(f"{moe}: {name} is not what it was merged from. Delete the folder and merge again.")
+
+        for name, tensor in _tensors(base):
+            if ".mlp." not in name:
+                compare(name, tensor)
+        for position, expert in enumerate(config.experts):
+            for name, tensor in _tensors(Path(expert.source_model.model.path)):
+                if ".mlp." not in name:
+                    continue
+                experts = name.rpartition(".mlp.")[0] + ".mlp.experts."
+                if "down_proj" in name:
+                    compare(experts + "down_proj", tensor, (position,))
+                else:  # fused: the rows of gate_proj above those of up_proj
+                    rows = slice(0, len(tensor)) if "gate_proj" in name else slice(len(tensor), 2 * len(tensor))
+                    compare(experts + "gate_up_proj", tensor, (position, rows))
+        gates = {name for name in merged if name.endswith(".mlp.gate.weight")}
+        if gates | expected != merged.keys() or not all(
+            merged[name].get_tensor(name).isfinite().all() for name in gates
+        ):
+            raise InputError(f"{moe}: it has other tensors than its sources, or gates that are not finite.")
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,7 +121,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--base", help="dense base: Hub id or folder (default: RUN_DIR/base)")
-    parser.add_argument("--merge_config", type=Path, default=MERGE_FILE)
+    parser.add_argument("--merge_config", type=Path, default=MERGE_FILE, help="the team")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace experts and a MoE that were merged otherwise"
+    )
     args = parser.parse_args()
 
     config = read_merge_config(args.merge_config)
@@ -117,26 +134,38 @@ def main() -> None:
     if len(load_tokenizer(base)) > vocabulary:
         raise InputError(f"{base}: the tokenizer has more tokens than the model's vocabulary of {vocabulary}.")
     base_fingerprint = fingerprint(base)
-    for role in names:
+    trained = trained_roles(config)
+    for role in trained:
         check_adapter(args.run_dir / "adapters" / role, role, base_fingerprint)
     base_bytes = sum(file.stat().st_size for file in weight_files(base))
-    missing = [name for name in names if not (args.run_dir / "experts" / name).exists()]
+    missing = [name for name in trained if not (args.run_dir / "experts" / name).exists()]
     if not (args.run_dir / "moe").exists():
         runs.check_disk_room(args.run_dir, base_bytes * (len(missing) + len(names)))
-    adapters = merge_experts(base, base_fingerprint, args.run_dir, names)
+    adapters = merge_experts(base, base_fingerprint, args.run_dir, trained, args.overwrite)
 
     target = args.run_dir / "moe"
     prompts = {name: expert.positive_prompts for name, expert in zip(names, config.experts, strict=True)}
-    gate = {"gate_mode": config.gate_mode, "experts_per_token": config.experts_per_token, "prompts": prompts}
-    work = runs.begin(target, "merge_moe", {"base": base_fingerprint, "adapters": adapters, **gate})
+    inputs = {
+        "base": base_fingerprint,
+        "team": names,
+        "adapters": adapters,
+        "gate_mode": config.gate_mode,
+        "experts_per_token": config.experts_per_token,
+        "prompts": prompts,
+    }
+    work = runs.begin(target, "merge_moe", inputs, overwrite=args.overwrite)
     if work is None:
         return
     runs.remove_all_but(work, (runs.RECORD,))
     config = in_run(config, base, args.run_dir)
-    build(config, str(work), MergeOptions(copy_tokenizer=False))
+    shard_bytes = max(2**28, base_bytes * len(names) // 16)  # mergekit holds a whole shard in memory
+    build(config, str(work), MergeOptions(copy_tokenizer=False, out_shard_size=shard_bytes))
     copy_companions(base, work)
     check_moe(work, base, config)
-    runs.finish(target, {"team": team_card(names), "system_prompt": SYSTEM_PROMPT, "tasks": task_cards()})
+    (work / GATES).mkdir()
+    save_file({"gates": read_gates(work)}, work / GATES / f"{config.gate_mode}.safetensors")
+    about = {"team": team_card(names), "system_prompt": SYSTEM_PROMPT, "tasks": task_cards()}
+    runs.finish(target, {**about, "router": {"kind": config.gate_mode}})
     print(
         f"{target}: {len(names)} experts, {config.experts_per_token} a token; every tensor checked against its source"
     )

@@ -43,22 +43,35 @@ def roles(config: MoEMergeConfig) -> list[str]:
     return [Path(expert.source_model.model.path).name for expert in config.experts]
 
 
+def trained_roles(config: MoEMergeConfig) -> list[str]:
+    """The roles whose experts are trained: all but a generalist, an expert whose `source_model` is the base itself."""
+    return [
+        role
+        for role, expert in zip(roles(config), config.experts, strict=True)
+        if expert.source_model != config.base_model
+    ]
+
+
 def check_role(role: str | None, path: Path) -> str:
-    """Return `role` if the merge at `path` lists it; an `InputError` names the roles it has."""
-    known = roles(read_merge_config(path))
+    """Return `role` if the merge at `path` lists it as one to train; an `InputError` names those."""
+    known = trained_roles(read_merge_config(path))
     if role not in known:
         raise InputError(f"unknown role '{role}': {path} lists {', '.join(known)}.{nearest(role or '', known)}")
     return role
 
 
 def in_run(config: MoEMergeConfig, base: Path, run_dir: Path) -> MoEMergeConfig:
-    """The same merge with the base and the run's own expert folders as absolute paths, as mergekit needs them."""
+    """The same merge with the base and the run's own expert folders as absolute paths, as mergekit needs them.
+
+    A generalist's folder is the base's.
+    """
 
     def reference(folder: Path) -> ModelReference:
         return ModelReference(model=ModelPath(path=str(folder.absolute())))
 
+    trained = trained_roles(config)
     experts = [
-        expert.model_copy(update={"source_model": reference(run_dir / "experts" / role)})
+        expert.model_copy(update={"source_model": reference(run_dir / "experts" / role if role in trained else base)})
         for role, expert in zip(roles(config), config.experts, strict=True)
     ]
     return config.model_copy(update={"base_model": reference(base), "experts": experts})

@@ -2,18 +2,26 @@
 """Held-out loss of a language model on plain passages."""
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from finteam_experts.batches import encode, padded_batches
+
+
+def token_losses(logits: torch.Tensor, token_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats of every token but the first, [rows, tokens - 1]; 0 where it is padding.
+
+    `logits` is [rows, tokens, vocabulary], the others [rows, tokens].
+    """
+    targets = token_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
+    )
+    return losses.view(targets.shape)
 
 
 @torch.no_grad()
 def heldout_loss(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    passages: list[str],
-    *,
-    max_tokens: int = 192,
-    batch_size: int = 8,
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, passages: list[str], *, max_tokens: int = 192
 ) -> float:
     """Mean negative log-likelihood in nats a token over the first `max_tokens` tokens of each passage.
 
@@ -21,17 +29,11 @@ def heldout_loss(
     """
     was_training = model.training
     model.eval()
-    encoded = [tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] for text in passages]
-    encoded = sorted((ids for ids in encoded if len(ids) > 1), key=len)  # near-equal lengths: little padding
     total, count = 0.0, 0
-    for start in tqdm(range(0, len(encoded), batch_size), desc="held-out passages", leave=False):
-        batch = tokenizer.pad(
-            {"input_ids": encoded[start : start + batch_size]}, padding_side="right", return_tensors="pt"
-        )
+    for _, batch in padded_batches(encode(tokenizer, passages, max_tokens), tokenizer, title="held-out passages"):
         batch = batch.to(model.device)
-        logits = model(**batch).logits[:, :-1].flatten(0, 1).float()  # [batch * (length - 1), vocabulary]
-        targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100).flatten()
-        total += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
-        count += (targets != -100).sum().item()
+        losses = token_losses(model(**batch).logits, batch["input_ids"], batch["attention_mask"])
+        total += losses.sum().item()
+        count += batch["attention_mask"][:, 1:].sum().item()
     model.train(was_training)
     return total / count

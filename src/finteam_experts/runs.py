@@ -5,11 +5,12 @@ A step builds `TARGET.incomplete` and renames it to `TARGET` at the end, so a ta
 `finteam.json`: the step's name, the inputs it was started with, and, once complete, its results.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,31 @@ def read_record(target: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def begin(target: Path, step: str, inputs: dict[str, Any]) -> Path | None:
+def begin(target: Path, step: str, inputs: dict[str, Any], *, overwrite: bool = False) -> Path | None:
     """Return the folder to build `target` in, fresh or as an interrupted run left it; `None` if `target` is complete.
 
     Raises `InputError` if `target`, or its unfinished folder, was started with other inputs: it names each difference.
+    With `overwrite` such a `target` is made anew instead, and replaced when that is complete.
     """
     inputs = json.loads(json.dumps(inputs))  # as the record will read back
     work = work_folder(target)
+    now = {"step": step, **inputs}
+    outdated = []
     for folder in (target, work):
         if folder.exists():
-            _check_same_inputs(folder, step, inputs)
-    if target.exists():
+            record = read_record(folder)
+            recorded = {"step": record["step"], **record["inputs"]}
+            if overwrite and _differences(recorded, now):
+                outdated.append(folder)
+            else:
+                advice = "Use the recorded settings, choose another --run_dir, or delete that folder to make it anew."
+                check_same_inputs(folder, recorded, now, advice)
+    if target.exists() and target not in outdated:
         shutil.rmtree(work, ignore_errors=True)
         print(f"{target} is complete: skipped")
         return None
+    if work in outdated:
+        shutil.rmtree(work)
     if work.exists():
         print(f"{work} was cut off: resuming")
     else:
@@ -59,6 +71,17 @@ def finish(target: Path, results: dict[str, Any]) -> None:
     """Record the step's `results` (and what else describes the folder) and give it its final name."""
     work = work_folder(target)
     write_json(work / RECORD, {**read_record(work), **results})
+    if target.exists():  # only after `begin(..., overwrite=True)`
+        shutil.rmtree(target)
+    os.replace(work, target)
+
+
+@contextlib.contextmanager
+def changed_in_place(target: Path) -> Iterator[Path]:
+    """Change a complete folder: it is incomplete meanwhile, and stays so if that fails."""
+    work = work_folder(target)
+    os.replace(target, work)
+    yield work
     os.replace(work, target)
 
 
@@ -109,19 +132,16 @@ def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _check_same_inputs(folder: Path, step: str, inputs: dict[str, Any]) -> None:
-    record = read_record(folder)
-    recorded = {"step": record["step"], **_flat(record["inputs"])}
-    now = {"step": step, **_flat(inputs)}
-    changed = [key for key in sorted(recorded | now) if recorded.get(key, "unset") != now.get(key, "unset")]
-    if changed:
-        rows = "".join(
-            f"\n  {key}: recorded {recorded.get(key, 'unset')}, now {now.get(key, 'unset')}" for key in changed
-        )
-        raise InputError(
-            f"{folder} was made with other inputs:{rows}\n"
-            "Use the recorded settings, choose another --run_dir, or delete that folder to make it anew."
-        )
+def check_same_inputs(what: Path | str, recorded: dict[str, Any], now: dict[str, Any], advice: str) -> None:
+    """Raise `InputError` that names each difference between the inputs `what` was made with and those of now."""
+    if rows := _differences(recorded, now):
+        raise InputError("\n  ".join([f"{what} was made with other inputs:", *rows]) + f"\n{advice}")
+
+
+def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    recorded, now = _flat(recorded), _flat(now)
+    pairs = {key: (recorded.get(key, "unset"), now.get(key, "unset")) for key in sorted(recorded | now)}
+    return [f"{key}: recorded {was}, now {is_}" for key, (was, is_) in pairs.items() if was != is_]
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _NOT_INPUTS = (
     "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
     "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "heldout_passages", "accelerator_config", "debug",
-    "role", "activation_checkpointing", "gradient_checkpointing",
+    "role", "routing_", "activation_checkpointing", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -107,8 +108,12 @@ def train_lora(
     training_args: SFTConfig,
     model_args: BaseModelConfig,
     work: Path,
+    callback_of: Callable[[SFTTrainer], TrainerCallback] | None = None,
 ) -> SFTTrainer:
-    """Train a LoRA on `dataset`, with checkpoints in `work`, from the last complete one if there is any."""
+    """Train a LoRA on `dataset`, with checkpoints in `work`, from the last complete one if there is any.
+
+    `callback_of(trainer)` makes a callback that needs the trainer.
+    """
     if training_args.use_cpu:  # `accelerate launch` leaves each process with one thread
         torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
     set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
@@ -126,6 +131,8 @@ def train_lora(
         peft_config=get_peft_config(model_args),
         callbacks=[CompleteCheckpoints()],
     )
+    if callback_of:
+        trainer.add_callback(callback_of(trainer))
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
     if state and state.global_step >= state.max_steps:  # only load it: the trainer would take a step more
         trainer._load_from_checkpoint(str(checkpoint))

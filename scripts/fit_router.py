@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STEP 2b. Fit the router of the merged MoE in closed form to what its gates read: a minute on 2 cores at 135M.
+
+    python scripts/fit_router.py --run_dir outputs/quickstart
+
+Reads RUN_DIR/moe and RUN_DIR/data: each role's corpus, as plain text and in the chat format, with the task questions
+that the role owns. Replaces the gates in RUN_DIR/moe and nothing else; the merge's own gates stay in RUN_DIR/moe/gates.
+The method and its sources: src/finteam_experts/router.py.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from finteam_experts import runs
+from finteam_experts.batches import encode
+from finteam_experts.data import corpus_file, read_corpus, read_task, task_file
+from finteam_experts.errors import InputError, run
+from finteam_experts.gates import GATES, write_gates
+from finteam_experts.models import load_model, load_tokenizer, weight_files
+from finteam_experts.router import Sequences, fit
+from finteam_experts.tasks import TASKS, chat, render
+
+FEWEST_PASSAGES = 32
+PASSAGE_TOKENS = 192
+HELD_BACK = 6  # passages a role that choose the scale and show the progress; the regression never sees them
+HELD_BACK_TOKENS = 96
+CHAT_SHARE = 0.25  # of a role's tokens
+
+
+def role_text(
+    data: Path, role: str, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int
+) -> tuple[Sequences, Sequences]:
+    """`tokens` tokens of the role for the regression, and its held-back passages.
+
+    Part of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
+    questions of the role's tasks with their answers or, for a role without a task, passages as messages.
+    """
+    passages = read_corpus(data, role)
+    if len(passages) < FEWEST_PASSAGES:
+        raise InputError(
+            f"{corpus_file(data, role)} has {len(passages)} passages. The router needs {FEWEST_PASSAGES} or more of each "
+            "role: add some."
+        )
+    rng = random.Random(f"{seed} {role}")
+    rng.shuffle(passages)
+    held_back, passages = passages[:HELD_BACK], passages[HELD_BACK:]
+    chats = []
+    for task in (task for task in TASKS.values() if task.role == role):
+        rows = read_task(data, task.name, "train")
+        for row in rng.sample(rows, min(len(rows), tokens // 16)):
+            chats.append([*chat(render(task, row, tokenizer)), {"role": "assistant", "content": row["label"]}])
+    rng.shuffle(chats)
+    chats = chats or [chat(text) for text in passages[: tokens // 16]]
+    asked = tokenizer.apply_chat_template(chats, truncation=True, max_length=PASSAGE_TOKENS)["input_ids"]
+    asked = _first_tokens(asked, round(CHAT_SHARE * tokens))
+    rng.shuffle(passages)
+    plain = encode(tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
+    return asked + _first_tokens(plain, tokens - sum(map(len, asked))), encode(tokenizer, held_back, HELD_BACK_TOKENS)
+
+
+def _first_tokens(sequences: Sequences, tokens: int) -> Sequences:
+    taken: Sequences = []
+    for ids in sequences:
+        if tokens < 2:  # a first token alone is not used
+            break
+        taken.append(ids[:tokens])
+        tokens -= len(taken[-1])
+    return taken
+
+
+def check_experts(moe: Path, names: list[str], experts: Path) -> None:
+    """Raise `InputError` unless each expert of the MoE is the dense expert of the role that its record gives it."""
+    own = _tensor(moe, "model.layers.0.mlp.experts.down_proj")
+    if len(names) != len(own):
+        raise InputError(
+            f"{moe} has {len(own)} experts, but its {runs.RECORD} names {len(names)}: {', '.join(names)}."
+        )
+    sources = {name: experts / name for name in names if (experts / name).is_dir()}
+    sources = {name: _tensor(folder, "model.layers.0.mlp.down_proj.weight") for name, folder in sources.items()}
+    for name, weights in zip(names, own, strict=True):
+        if name in sources and not torch.equal(weights, sources[name]):
+            found = [other for other, source in sources.items() if torch.equal(weights, source)]
+            raise InputError(
+                f"{moe}/{runs.RECORD} gives '{name}' an expert whose weights are those of "
+                f"{' or '.join(found) or 'no expert'} in {experts}. Merge again: scripts/merge_moe.py --overwrite"
+            )
+
+
+def _tensor(folder: Path, name: str) -> torch.Tensor:
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (not a dict)
+                return tensors.get_tensor(name)
+    raise InputError(f"{folder} has no {name}: it is not a folder that scripts/merge_moe.py wrote.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
+    parser.add_argument("--tokens_per_role", type=int, default=5000, help="calibration tokens of each role")
+    parser.add_argument("--ridge", type=float, default=0.01, help="penalty, as a share of the mean diagonal of X'X")
+    parser.add_argument("--seed", type=int, default=0, help="which passages are drawn")
+    parser.add_argument("--overwrite", action="store_true", help="replace a router fitted with other settings")
+    args = parser.parse_args()
+    if args.tokens_per_role < 256 or args.ridge <= 0:
+        raise InputError("--tokens_per_role must be 256 or more, and --ridge above 0: a gate has as many unknowns.")
+
+    moe, data = args.run_dir / "moe", args.data_dir or args.run_dir / "data"
+    record = runs.require(moe, "python scripts/merge_moe.py")
+    names = [member["name"] for member in record["team"]]
+    check_experts(moe, names, args.run_dir / "experts")
+    tokenizer = load_tokenizer(moe)
+    text = [role_text(data, name, tokenizer, args.tokens_per_role, args.seed) for name in names]
+    own_tasks = [task for task in TASKS.values() if task.role in names]
+    inputs = {
+        "corpora": {name: runs.file_hash(corpus_file(data, name)) for name in names},
+        "tasks": {task.name: runs.file_hash(task_file(data, task.name, "train")) for task in own_tasks},
+        "settings": {"tokens_per_role": args.tokens_per_role, "ridge": args.ridge, "seed": args.seed},
+    }
+    if record["router"]["kind"] == "fitted" and not args.overwrite:
+        runs.check_same_inputs(
+            f"{moe}'s router", record["router"]["inputs"], inputs, "pass --overwrite to fit it anew"
+        )
+        print(f"{moe} has its fitted router: skipped")
+        return
+
+    model = load_model(moe).to(PartialState().device)
+    gates, results = fit(model, tokenizer, [own for own, _ in text], [own for _, own in text], args.ridge)
+    del model  # room for the files below
+    runs.check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
+    with runs.changed_in_place(moe) as work:
+        write_gates(work, gates)
+        save_file({"gates": gates}, work / GATES / "fitted.safetensors")
+        runs.write_json(
+            work / runs.RECORD, record | {"router": {"kind": "fitted", "inputs": inputs, "results": results}}
+        )
+    print(
+        f"{moe}: router fitted on {args.tokens_per_role} tokens of each of {len(names)} roles, scale {results['scale']:g}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

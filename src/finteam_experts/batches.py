@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token sequences of different lengths as padded batches."""
+
+from collections.abc import Iterator
+
+from tqdm import tqdm
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
+    """The token ids of each text, cut to `max_tokens`; texts of a single token, which predict nothing, are left out."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    return [ids for ids in encoded if len(ids) > 1]
+
+
+def padded_batches(
+    sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int = 1536, title: str
+) -> Iterator[tuple[list[int], BatchEncoding]]:
+    """Batches of about `batch_tokens` tokens, padded on the right, each with the positions of its rows in `sequences`.
+
+    Sequences of similar length go together, so that little is padding. A progress bar called `title` counts them.
+    """
+    order = sorted(range(len(sequences)), key=lambda position: len(sequences[position]))
+    with tqdm(total=len(order), desc=title, leave=False) as progress:
+        while order:
+            rows = max(1, batch_tokens // len(sequences[order[0]]))
+            # the longest of so many rows may not fit: take what does
+            while rows > 1 and rows * len(sequences[order[:rows][-1]]) > batch_tokens:
+                rows -= 1
+            taken, order = order[:rows], order[rows:]
+            batch = {"input_ids": [sequences[position] for position in taken]}
+            yield taken, tokenizer.pad(batch, padding_side="right", return_tensors="pt")
+            progress.update(len(taken))
