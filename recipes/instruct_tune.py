@@ -23,7 +23,6 @@ from finteam_experts.batches import encode
 from finteam_experts.data import read_corpus, read_task, task_file
 from finteam_experts.errors import run
 from finteam_experts.models import (
-    COMPANION_FILES,
     check_base,
     fingerprint,
     load_tokenizer,
@@ -31,6 +30,7 @@ from finteam_experts.models import (
     merge_adapter,
     weight_files,
 )
+from finteam_experts.release import COMPANION_FILES
 from finteam_experts.routing import RoutingCallback
 from finteam_experts.tasks import TASKS, chat, render
 from finteam_experts.training import (

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a sample data directory: three role corpora and four finance tasks, all figures real or fictional but consistent.
+"""Write a sample data directory: role corpora and four finance tasks, all figures real or fictional but consistent.
 
-python scripts/make_sample_data.py --run_dir outputs/quickstart
+    python scripts/make_sample_data.py --run_dir outputs/quickstart
+
+Beside the corpora of moe_merge.yaml's roles there are two for the examples of a larger team: credit and base.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 from finteam_experts import runs
 from finteam_experts.data import corpus_file, task_file
 from finteam_experts.errors import run
-from finteam_experts.sample_data.corpora import corpus
+from finteam_experts.sample_data.corpora import ROLES, corpus
 from finteam_experts.sample_data.task_rows import task_rows
 from finteam_experts.tasks import TASKS
 
@@ -22,7 +24,7 @@ TRAIN_ROWS, TEST_ROWS = 800, 240  # a task
 
 def write_data(folder: Path, seed: int) -> None:
     """Write corpora and task rows below `folder`, the same bytes for the same seed."""
-    for role in ("macro", "micro", "quant"):
+    for role in ROLES:
         train, heldout = corpus(role, PASSAGES, HELDOUT_PASSAGES, random.Random(f"{seed} {role}"))
         _write_rows(corpus_file(folder, role), train)
         _write_rows(corpus_file(folder, role, heldout=True), heldout)

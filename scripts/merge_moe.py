@@ -27,13 +27,13 @@ from finteam_experts.merge_config import MERGE_FILE, in_run, read_merge_config, 
 from finteam_experts.models import (
     MLP_MODULES,
     check_base,
-    copy_companions,
     fingerprint,
     load_tokenizer,
     local_folder,
     merge_adapter,
     weight_files,
 )
+from finteam_experts.release import copy_companions
 from finteam_experts.roles import team_card
 from finteam_experts.tasks import SYSTEM_PROMPT, task_cards
 

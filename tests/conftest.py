@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finteam_experts.data import corpus_file, task_file
+from finteam_experts.sample_data import corpora
 from finteam_experts.sample_data.corpora import corpus
 from finteam_experts.sample_data.task_rows import task_rows
 from finteam_experts.tasks import TASKS
@@ -58,6 +59,10 @@ def shell(*command: object, **options) -> subprocess.CompletedProcess:
 def train_expert(run_dir: Path, role: str, *arguments: object) -> None:
     call("recipes/train_expert.py", "--config", REPOSITORY / "recipes/sample/train_expert.yaml", "--run_dir", run_dir,
          "--role", role, "--max_length", 64, *SHORT, *arguments)  # fmt: skip
+
+
+def fit_router(run_dir: Path, *arguments: object) -> None:
+    call("scripts/fit_router.py", "--run_dir", run_dir, "--tokens_per_role", 1500, *arguments)
 
 
 def instruct_tune(run_dir: Path, what: str, *arguments: object) -> None:
@@ -112,7 +117,7 @@ def toy_data(tmp_path_factory) -> Path:
     """A small data directory in the contract's form."""
     folder = tmp_path_factory.mktemp("data")
     write_rows = load_script("scripts/make_sample_data.py")._write_rows
-    for role in ROLES:
+    for role in corpora.ROLES:
         train, heldout = corpus(role, 60, 8, random.Random(role))
         write_rows(corpus_file(folder, role), train)
         write_rows(corpus_file(folder, role, heldout=True), heldout)
@@ -141,6 +146,8 @@ def done_run(tmp_path_factory, toy_base, toy_data) -> Path:
     for role in ROLES:
         train_expert(run_dir, role)
     call("scripts/merge_moe.py", "--run_dir", run_dir)
+    fit_router(run_dir)
+    call("scripts/report_routing.py", "--run_dir", run_dir)
     instruct_tune(run_dir, "moe")
     instruct_tune(run_dir, "dense")
     call("scripts/evaluate.py", "--run_dir", run_dir)

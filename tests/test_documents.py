@@ -42,7 +42,7 @@ def test_recipes_of_one_script_differ_where_they_must():
     different = {key for key in moe | dense if moe.get(key) != dense.get(key)}
     assert different == {
         "start_from", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "router_aux_loss_coef",
-        "model_init_kwargs",
+        "model_init_kwargs", "routing_steps", "routing_passages",
     }  # fmt: skip
 
 
@@ -73,7 +73,12 @@ def test_make_targets_and_options_exist(document):
 def test_script_shows_help(script):
     ended = shell(sys.executable, script, "--help")
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "--run_dir" in ended.stdout
+    assert ended.stdout.startswith("usage: ")
+
+
+def test_quickstart_trains_the_roles_of_the_merge():
+    ended = shell(sys.executable, "-m", "finteam_experts.merge_config", "moe_merge.yaml")
+    assert ended.stdout == "macro micro quant\n"
 
 
 def test_quickstart_refuses_what_it_does_not_know():

@@ -10,16 +10,18 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
-from conftest import instruct_tune
-from finteam_experts.data import task_file
+from conftest import ROLES, instruct_tune
+from finteam_experts.batches import encode
+from finteam_experts.data import read_corpus, task_file
 from finteam_experts.errors import InputError
 from finteam_experts.models import load_model, load_tokenizer
+from finteam_experts.routing import measure_routing
 from finteam_experts.runs import read_record, work_folder
 from finteam_experts.sft import CompactHeadSFTTrainer
 
 
 def test_tuning_moves_router_attention_and_every_expert(done_run):
-    before, after = (load_file(done_run / name / "model.safetensors") for name in ("moe", "moe-instruct"))
+    before, after = (dict(load_model(done_run / name).state_dict()) for name in ("moe", "moe-instruct"))
     assert before.keys() == after.keys()
     for name in before:
         moved = not torch.equal(before[name], after[name])
@@ -27,6 +29,22 @@ def test_tuning_moves_router_attention_and_every_expert(done_run):
     for position in range(3):
         name = "model.layers.1.mlp.experts.down_proj"
         assert not torch.equal(before[name][position], after[name][position])
+
+
+def test_routing_is_logged_while_tuning(copied_run):
+    shutil.rmtree(copied_run / "moe-instruct")
+    instruct_tune(copied_run, "moe", "--routing_steps", 2, "--routing_passages", 3)
+    log = read_record(copied_run / "moe-instruct")["results"]["routing"]
+    assert [entry["step"] for entry in log] == [0, 2, 4]
+    start, end = log[0], log[-1]
+    assert start["own_role_tokens"] > 0.6  # the fitted router's
+    assert start["own_role_weight"] != end["own_role_weight"]
+    tokenizer = load_tokenizer(copied_run / "moe")
+    texts = [read_corpus(copied_run / "data", role, heldout=True)[:3] for role in ROLES]
+    sequences = [encode(tokenizer, own, 96) for own in texts]
+    measured = measure_routing(load_model(copied_run / "moe-instruct"), tokenizer, sequences).summary()
+    # the last entry is the saved model's, but for the merge of the LoRA
+    assert end["own_role_weight"] == pytest.approx(measured["own_role_weight"], abs=2e-3)
 
 
 def test_aux_loss_is_logged_and_off_in_the_saved_config(done_run):

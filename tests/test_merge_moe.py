@@ -16,7 +16,8 @@ from conftest import REPOSITORY, ROLES, call, shell
 from finteam_experts import runs
 from finteam_experts.errors import InputError
 from finteam_experts.merge_config import read_merge_config, roles
-from finteam_experts.models import COMPANION_FILES, load_model
+from finteam_experts.models import load_model
+from finteam_experts.release import COMPANION_FILES
 
 MERGE = REPOSITORY / "moe_merge.yaml"
 

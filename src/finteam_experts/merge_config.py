@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_merge.yaml: mergekit's own MoE configuration, read strictly. The roles of the team are its experts, in order."""
+"""moe_merge.yaml: mergekit's own MoE configuration, read strictly. The roles of the team are its experts, in order.
 
+python -m finteam_experts.merge_config moe_merge.yaml      # prints the roles that have an expert to train
+"""
+
+import sys
 from pathlib import Path
 
 import yaml
@@ -8,7 +12,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.moe.config import Expert, MoEMergeConfig
 from pydantic import ValidationError
 
-from finteam_experts.errors import InputError, nearest
+from finteam_experts.errors import InputError, nearest, run
 
 MERGE_FILE = Path(__file__).parents[2] / "moe_merge.yaml"
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
@@ -103,3 +107,7 @@ def _check_team(path: Path, config: MoEMergeConfig) -> None:
                 f"{path}: experts '{prompts[own]}' and '{role}' have the same positive_prompts; tell them apart."
             )
         prompts[own] = role
+
+
+if __name__ == "__main__":
+    run(lambda: print(*trained_roles(read_merge_config(Path(sys.argv[1])))))

@@ -2,7 +2,6 @@
 """Model folders: finding and checking a dense base, telling two bases apart, and merging a LoRA into its model."""
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,14 +12,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from finteam_experts.errors import InputError
+from finteam_experts.release import COMPANION_FILES, save_release
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # what becomes the experts of the MoE
 SUPPORTED_TYPES = ("llama", "mistral")
-# Files beside the weights that a derived model carries over byte for byte.
-COMPANION_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 def local_folder(name: str) -> Path:
@@ -97,17 +92,9 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation config unchanged, over whatever a library wrote there."""
-    for name in COMPANION_FILES:
-        (target / name).unlink(missing_ok=True)
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
 @torch.no_grad()
 def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> float:
-    """Merge a LoRA adapter into its model in fp32, save the result to `target` in the model's dtype.
+    """Merge a LoRA adapter into its model in fp32, save the result to `target` in the model's dtype and in the release layout.
 
     Returns the largest difference between the logits before and after the merge, as a share of the largest logit.
     Raises `InputError` if it exceeds 1e-3: then the adapter has parts that a merge can't take over.
@@ -122,6 +109,5 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
         raise InputError(
             f"{adapter_folder}: merged and adapter logits differ by {difference:.1e} of the largest logit."
         )
-    merged.to(stored_dtype).save_pretrained(target)
-    copy_companions(model_folder, target)
+    save_release(merged.to(stored_dtype), model_folder, target)
     return difference

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 
 from finteam_experts.batches import padded_batches
 from finteam_experts.perplexity import token_losses
@@ -141,15 +141,18 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self._log()
+            self._log(control)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._log()
+            self._log(control)
 
-    def _log(self) -> None:
+    def _log(self, control: TrainerControl) -> None:
         routing = measure_routing(self.trainer.model, self.trainer.processing_class, self.sequences, losses=False)
-        self.trainer.log({f"routing/{name}": round(value, 4) for name, value in routing.summary().items()})
+        due = control.should_log
+        # not TRL's own `log`, which would empty its running means of the training step into this entry
+        Trainer.log(self.trainer, {f"routing/{name}": round(value, 4) for name, value in routing.summary().items()})
+        control.should_log = due  # logging resets it, and the step's loss would not be logged
 
 
 def _own(by_role: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample passages for the three roles: each states figures from `figures.py` and what follows from them."""
+"""Sample passages by role: each states figures from `figures.py` and what follows from them."""
 
 import random
 from collections.abc import Iterator
@@ -8,12 +8,17 @@ import numpy as np
 
 from finteam_experts.sample_data import figures
 from finteam_experts.sample_data.figures import HELDOUT_YEARS, Company, change_percent
+from finteam_experts.sample_data.more_roles import more_passages
 
+ROLES = ("macro", "micro", "quant", "credit", "base")
 Passage = dict[str, str]  # {"text", "source"}
 
 
 def corpus(role: str, rows: int, heldout_rows: int, rng: random.Random) -> tuple[list[Passage], list[Passage]]:
-    """Draw the role's train and held-out passages; no year (macro, quant) or company (micro) is in both."""
+    """Draw the train and held-out passages of one of `ROLES`; no year (macro, quant) or company (micro) is in both."""
+    if role in ("credit", "base"):
+        passages = more_passages(role, rows + heldout_rows, rng)
+        return passages[:rows], passages[rows:]
     if role == "micro":
         names: set[str] = set()
         return list(_micro(rows, rng, names)), list(_micro(heldout_rows, rng, names, real_share=0))
