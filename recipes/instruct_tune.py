@@ -118,7 +118,10 @@ def main() -> None:
         "steps": trainer.state.global_step,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "routing": [
-            {key.removeprefix("routing/"): value for key, value in entry.items() if key != "epoch"}
+            {
+                "step": entry["step"],
+                **{key.removeprefix("routing/"): value for key, value in entry.items() if key.startswith("routing/")},
+            }
             for entry in trainer.state.log_history
             if "routing/load_entropy" in entry
         ],

@@ -28,7 +28,8 @@ from finteam_experts.router import Sequences, fit
 from finteam_experts.tasks import TASKS, chat, render
 
 FEWEST_PASSAGES = 32
-PASSAGE_TOKENS = 192
+PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
+CHAT_TOKENS = 192
 HELD_BACK = 6  # passages a role that choose the scale and show the progress; the regression never sees them
 HELD_BACK_TOKENS = 96
 CHAT_SHARE = 0.25  # of a role's tokens
@@ -58,7 +59,7 @@ def role_text(
             chats.append([*chat(render(task, row, tokenizer)), {"role": "assistant", "content": row["label"]}])
     rng.shuffle(chats)
     chats = chats or [chat(text) for text in passages[: tokens // 16]]
-    asked = tokenizer.apply_chat_template(chats, truncation=True, max_length=PASSAGE_TOKENS)["input_ids"]
+    asked = tokenizer.apply_chat_template(chats, truncation=True, max_length=CHAT_TOKENS)["input_ids"]
     asked = _first_tokens(asked, round(CHAT_SHARE * tokens))
     rng.shuffle(passages)
     plain = encode(tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
@@ -105,8 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
-    parser.add_argument("--tokens_per_role", type=int, default=5000, help="calibration tokens of each role")
-    parser.add_argument("--ridge", type=float, default=0.01, help="penalty, as a share of the mean diagonal of X'X")
+    parser.add_argument("--tokens_per_role", type=int, default=4000, help="calibration tokens of each role")
+    parser.add_argument("--ridge", type=float, default=0.03, help="penalty, as a share of the mean diagonal of X'X")
     parser.add_argument("--seed", type=int, default=0, help="which passages are drawn")
     parser.add_argument("--overwrite", action="store_true", help="replace a router fitted with other settings")
     args = parser.parse_args()

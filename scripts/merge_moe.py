@@ -10,6 +10,7 @@ hidden states of the prompts in moe_merge.yaml; scripts/fit_router.py fits it ne
 import argparse
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,7 +160,9 @@ def main() -> None:
     runs.remove_all_but(work, (runs.RECORD,))
     config = in_run(config, base, args.run_dir)
     shard_bytes = max(2**28, base_bytes * len(names) // 16)  # mergekit holds a whole shard in memory
+    logging.disable(logging.WARNING)  # gates are fitted next, and any number of experts runs in llama.cpp by now
     build(config, str(work), MergeOptions(copy_tokenizer=False, out_shard_size=shard_bytes))
+    logging.disable(logging.NOTSET)
     copy_companions(base, work)
     check_moe(work, base, config)
     (work / GATES).mkdir()

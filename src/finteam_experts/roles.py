@@ -23,6 +23,7 @@ _KNOWN = {
             "Prices, returns, volatility, factors and other series of figures.",
             "#3d8b40",
         ),
+        Role("base", "Generalist", "Whatever is no analyst's field: the base as it was.", "#7a7f87"),
     )
 }
 _SPARE_COLORS = ("#8b5cc4", "#b23a6f", "#0f8b8d", "#8a7a1f")

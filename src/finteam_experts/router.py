@@ -97,20 +97,21 @@ def calibrate(
     Every sequence goes through its own role's expert alone, as it will once the router is right. Returns the gates, and
     the curve of their quality: the share of held-back tokens that they send to their own expert, by tokens read.
     """
-    start = time.monotonic()
     sums = GateRegression(len(gate_modules(model)), len(text), model.config.hidden_size, model.device)
     unseen = _gate_inputs(model, tokenizer, held_back)
     sequences = [(ids, role) for role, own in enumerate(text) for ids in own]
     random.Random(seed).shuffle(sequences)
-    curve, seen, tokens = [], 0, 0
+    curve, seen, tokens, seconds = [], 0, 0, 0.0
     while seen < len(sequences):
+        start = time.monotonic()
         part = sequences[seen : max(2 * seen, 2 * len(text))]  # as many again as before: a curve with few points
         for rows, batch in padded_batches([ids for ids, _ in part], tokenizer, title="calibrating"):
             _forward(model, batch, torch.tensor([part[row][1] for row in rows]), sums.add)
         seen, tokens = seen + len(part), tokens + sum(len(ids) for ids, _ in part)
         gates = sums.solve(ridge)
+        seconds += time.monotonic() - start  # without the time that the curve itself takes
         right = [((x @ gate.T).argmax(-1) == y).float().mean() for gate, (x, y) in zip(gates, unseen, strict=True)]
-        share, seconds = torch.stack(right).mean().item(), time.monotonic() - start
+        share = torch.stack(right).mean().item()
         curve.append({"tokens": tokens, "seconds": round(seconds, 1), "own_role_tokens": round(share, 4)})
         print(
             f"{tokens:7d} tokens, {seconds:5.1f} s: {share:.3f} of held-back tokens get their own role's expert first"
