@@ -27,16 +27,16 @@ from finteam_experts.models import (
     fingerprint,
     load_tokenizer,
     local_folder,
-    merge_adapter,
     weight_files,
 )
-from finteam_experts.release import COMPANION_FILES
 from finteam_experts.routing import RoutingCallback
 from finteam_experts.tasks import TASKS, chat, render
 from finteam_experts.training import (
+    ADAPTER,
     BaseModelConfig,
     RunArguments,
     begin_on_all,
+    merge_trained,
     parse,
     settings,
     train_lora,
@@ -109,7 +109,7 @@ def main() -> None:
 
     trainer = train_lora(start, dataset, tokenizer, training_args, model_args, work, callback_of)
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    trainer.save_model(str(work / "adapter"))
+    trainer.save_model(str(work / ADAPTER))
     results = {
         "trainable_parameters": trainable,
         "total_parameters": total - trainable,
@@ -128,13 +128,7 @@ def main() -> None:
     }
 
     if trainer.is_world_process_zero():
-        trainer.model = trainer.model_wrapped = trainer.optimizer = None  # room for the merge below
-        trainer.accelerator.free_memory()
-        difference = merge_adapter(start, work / "adapter", work)
-        weights = [file.name for file in weight_files(work)]
-        runs.remove_all_but(
-            work, ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES)
-        )
+        difference = merge_trained(trainer, start, work)
         about = {key: record[key] for key in ("team", "system_prompt", "tasks") if key in record}
         runs.finish(target, {**about, "results": {**results, "logit_difference": difference}})
         print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter logits agree to {difference:.0e}")

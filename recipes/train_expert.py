@@ -5,25 +5,30 @@
 
 Reads RUN_DIR/data and RUN_DIR/base unless --data_dir and --base name others, writes RUN_DIR/adapters/ROLE. The LoRA is
 on the MLP alone: that is all that becomes an expert of the MoE. Any TRL setting can be overridden on the command line.
+
+`--role shared` trains on the corpora of all roles, attention included if the recipe says so, and writes RUN_DIR/trunk: a
+dense model that knows what the roles share. Give it to the later steps as --base RUN_DIR/trunk.
 """
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, interleave_datasets
 from trl import SFTConfig
 
 from finteam_experts import runs
 from finteam_experts.data import corpus_file, read_corpus
 from finteam_experts.errors import InputError, run
-from finteam_experts.merge_config import MERGE_FILE, check_role
+from finteam_experts.merge_config import MERGE_FILE, SHARED, check_role, read_merge_config, trained_roles
 from finteam_experts.models import MLP_MODULES, check_base, fingerprint, load_tokenizer, local_folder
 from finteam_experts.perplexity import heldout_loss
 from finteam_experts.training import (
+    ADAPTER,
     BaseModelConfig,
     RunArguments,
     begin_on_all,
+    merge_trained,
     parse,
     settings,
     train_lora,
@@ -32,15 +37,29 @@ from finteam_experts.training import (
 
 @dataclass
 class ExpertArguments(RunArguments):
-    role: str | None = field(default=None, metadata={"help": "A role listed in moe_merge.yaml."})
+    role: str | None = field(
+        default=None, metadata={"help": "A role listed in moe_merge.yaml, or shared: all of them."}
+    )
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
 
 
+def team_passages(data: Path, names: list[str]) -> Dataset:
+    """The corpora's passages in turn, one of each role; a short corpus starts again until the longest is through."""
+    corpora = [Dataset.from_dict({"text": read_corpus(data, name)}) for name in names]
+    return interleave_datasets(corpora, stopping_strategy="all_exhausted")
+
+
 def main() -> None:
     script_args, training_args, model_args = parse((ExpertArguments, SFTConfig, BaseModelConfig))
-    role = check_role(script_args.role, Path(script_args.merge_config))
-    if not model_args.use_peft or not set(model_args.lora_target_modules or ["?"]) <= set(MLP_MODULES):
+    merge_config = Path(script_args.merge_config)
+    if script_args.role == SHARED:
+        role, corpora = SHARED, trained_roles(read_merge_config(merge_config))
+    else:
+        role = check_role(script_args.role, merge_config)
+        corpora = [role]
+    modules = set(model_args.lora_target_modules or ["?"])
+    if not model_args.use_peft or (role != SHARED and not modules <= set(MLP_MODULES)):
         raise InputError(
             f"lora_target_modules is {model_args.lora_target_modules} (use_peft: {model_args.use_peft}). A role expert "
             f"adapts {', '.join(MLP_MODULES)} only: the merge takes attention from the base and would drop the rest."
@@ -49,36 +68,42 @@ def main() -> None:
     base = local_folder(model_args.model_name_or_path or str(run_dir / "base"))
     check_base(base)
     tokenizer = load_tokenizer(base)
-    passages, heldout = read_corpus(data, role), read_corpus(data, role, heldout=True)
+    passages = team_passages(data, corpora)
+    heldout = [
+        text for name in corpora for text in read_corpus(data, name, heldout=True)[: script_args.heldout_passages]
+    ]
 
-    target = run_dir / "adapters" / role
+    target = run_dir / "trunk" if role == SHARED else run_dir / "adapters" / role
+    hashes = {name: runs.file_hash(corpus_file(data, name)) for name in corpora}
     inputs = {
         "role": role,
         "base": fingerprint(base),
-        "corpus": runs.file_hash(corpus_file(data, role)),
+        "corpus": hashes if role == SHARED else hashes[role],
         "settings": settings(script_args, training_args, model_args),
     }
     work = begin_on_all(target, "train_expert", inputs)
     if work is None:
         return
 
-    trainer = train_lora(base, Dataset.from_dict({"text": passages}), tokenizer, training_args, model_args, work)
-    trainer.save_model(str(work))
+    trainer = train_lora(base, passages, tokenizer, training_args, model_args, work)
+    trainer.save_model(str(work / ADAPTER if role == SHARED else work))
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    heldout = heldout[: script_args.heldout_passages]
     after = heldout_loss(model, tokenizer, heldout)
     with model.disable_adapter():
         before = heldout_loss(model, tokenizer, heldout)
+    results = {
+        "heldout_perplexity_before": round(math.exp(before), 3),
+        "heldout_perplexity_after": round(math.exp(after), 3),
+        "heldout_passages": len(heldout),
+        "train_tokens": trainer.state.num_input_tokens_seen,
+        "steps": trainer.state.global_step,
+    }
     if trainer.is_world_process_zero():
-        results = {
-            "heldout_perplexity_before": round(math.exp(before), 3),
-            "heldout_perplexity_after": round(math.exp(after), 3),
-            "heldout_passages": len(heldout),
-            "train_tokens": trainer.state.num_input_tokens_seen,
-            "steps": trainer.state.global_step,
-        }
-        runs.remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))
+        if role == SHARED:
+            results["logit_difference"] = merge_trained(trainer, base, work)
+        else:
+            runs.remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))
         runs.finish(target, {"results": results})
         print(f"{target}: held-out perplexity of {role} {math.exp(before):.2f} before, {math.exp(after):.2f} after")
     trainer.accelerator.wait_for_everyone()

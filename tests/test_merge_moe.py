@@ -157,6 +157,10 @@ def test_no_room_on_the_disk(unmerged, monkeypatch):
         ({"experts": [{"source_model": "experts/a"}, {"source_model": "experts/b"}]}, "'a' has no positive_prompts"),
         ({"experts": [{"source_model": "x/a", "positive_prompts": ["a"]}] * 2}, "two or more different roles"),
         ({"base_model": None}, "base_model"),
+        (
+            {"experts": [{"source_model": f"x/{r}", "positive_prompts": [r]} for r in ("a", "shared")]},
+            "no expert can be called 'shared'",
+        ),
     ],
 )
 def test_bad_merge_config(tmp_path, change, message):

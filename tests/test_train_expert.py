@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from conftest import REPOSITORY, ROLES, SHORT, shell, train_expert
+from conftest import REPOSITORY, ROLES, SHORT, call, shell, train_expert
 from finteam_experts.errors import InputError
 from finteam_experts.models import MLP_MODULES
 from finteam_experts.runs import read_record, work_folder
@@ -99,6 +99,28 @@ def test_tokenizer_without_chat_template(new_run):
     tokenizer.save_pretrained(new_run / "base")
     with pytest.raises(InputError, match="no chat template"):
         train_expert(new_run, "macro")
+
+
+def test_shared_trunk_is_a_base_for_the_roles(new_run, capsys):
+    """It learns from every corpus, attention included, and the experts and the team start from it."""
+    all_linear = ("--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", *MLP_MODULES)
+    train_expert(new_run, "shared", *all_linear)
+    record = read_record(new_run / "trunk")
+    assert set(record["inputs"]["corpus"]) == set(ROLES)
+    assert record["results"]["heldout_perplexity_after"] < record["results"]["heldout_perplexity_before"]
+    assert record["results"]["heldout_passages"] == 3 * 8
+    base, trunk = (load_file(new_run / name / "model.safetensors") for name in ("base", "trunk"))
+    assert all(torch.equal(base[name], trunk[name]) != ("_proj" in name) for name in base)
+    assert not (new_run / "trunk/adapter").exists()
+    train_expert(new_run, "shared", *all_linear)
+    assert "trunk is complete: skipped" in capsys.readouterr().out
+
+    for role in ROLES:
+        train_expert(new_run, role, "--base", new_run / "trunk")
+    call("scripts/merge_moe.py", "--run_dir", new_run, "--base", new_run / "trunk")
+    moe = load_file(new_run / "moe/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(moe[name], trunk[name])
 
 
 def test_killed_and_resumed_equals_uninterrupted(new_run, tmp_path):

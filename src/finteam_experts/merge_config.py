@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from finteam_experts.errors import InputError, nearest, run
 
+SHARED = "shared"  # not a role: what all roles share
 MERGE_FILE = Path(__file__).parents[2] / "moe_merge.yaml"
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 
@@ -93,6 +94,8 @@ def _check_keys(path: Path, content: object, model: type, prefix: str) -> None:
 
 def _check_team(path: Path, config: MoEMergeConfig) -> None:
     names = roles(config)
+    if SHARED in names:
+        raise InputError(f"{path}: no expert can be called '{SHARED}': that is the trunk. Rename its folder.")
     if len(set(names)) < max(len(names), 2):
         raise InputError(f"{path}: the experts must be two or more different roles; found {', '.join(names)}.")
     if not 1 <= config.experts_per_token <= len(names):

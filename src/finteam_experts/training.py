@@ -22,8 +22,11 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, nearest
+from finteam_experts.models import merge_adapter, weight_files
+from finteam_experts.release import COMPANION_FILES
 from finteam_experts.sft import CompactHeadSFTTrainer
 
+ADAPTER = "adapter"  # where a step that ends with a merged model keeps its adapter until then
 _COMPLETE = "checkpoint_is_complete"
 # Settings that change what is shown, kept or where it lies, never the weights: two runs may differ in them.
 _NOT_INPUTS = (
@@ -140,6 +143,20 @@ def train_lora(
     else:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return trainer
+
+
+def merge_trained(trainer: SFTTrainer, model_folder: Path, work: Path) -> float:
+    """Merge the adapter saved in `work` into its model, leave nothing but the merged model and the record in `work`.
+
+    Ends the trainer's use. Returns how far the logits moved, as `models.merge_adapter` does.
+    """
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None  # room for the merge
+    trainer.accelerator.free_memory()
+    difference = merge_adapter(model_folder, work / ADAPTER, work)
+    weights = [file.name for file in weight_files(work)]
+    keep = ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES)
+    runs.remove_all_but(work, keep)
+    return difference
 
 
 class CompleteCheckpoints(TrainerCallback):
