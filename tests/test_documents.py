@@ -41,7 +41,7 @@ def test_recipes_of_one_script_differ_where_they_must():
     )
     different = {key for key in moe | dense if moe.get(key) != dense.get(key)}
     assert different == {
-        "start_from", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "router_aux_loss_coef",
+        "start_from", "lora_target_modules", "lora_target_parameters", "router_aux_loss_coef",
         "model_init_kwargs", "routing_steps", "routing_passages",
     }  # fmt: skip
 

@@ -20,12 +20,12 @@ from finteam_experts.runs import read_record, work_folder
 from finteam_experts.sft import CompactHeadSFTTrainer
 
 
-def test_tuning_moves_router_attention_and_every_expert(done_run):
+def test_tuning_moves_attention_and_every_expert_and_leaves_the_router(done_run):
     before, after = (dict(load_model(done_run / name).state_dict()) for name in ("moe", "moe-instruct"))
     assert before.keys() == after.keys()
     for name in before:
         moved = not torch.equal(before[name], after[name])
-        assert moved == ("self_attn" in name or ".mlp." in name), name
+        assert moved == ("self_attn" in name or ".mlp.experts." in name), name
     for position in range(3):
         name = "model.layers.1.mlp.experts.down_proj"
         assert not torch.equal(before[name][position], after[name][position])
