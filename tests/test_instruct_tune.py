@@ -116,7 +116,7 @@ def _save_until_step_two(save):
 
 
 def test_other_settings_are_refused(copied_run):
-    with pytest.raises(InputError, match=r"settings\.learning_rate: recorded 0\.0005, now 0\.5"):
+    with pytest.raises(InputError, match=r"settings\.learning_rate: recorded 0\.001, now 0\.5"):
         instruct_tune(copied_run, "dense", "--learning_rate", "0.5")
 
 
