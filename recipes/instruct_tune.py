@@ -9,7 +9,7 @@ adapter merged into the model, with the base's tokenizer, chat template and gene
 answers only.
 """
 
-import random
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,8 @@ from trl import SFTConfig, SFTTrainer
 
 from finteam_experts import runs
 from finteam_experts.batches import encode
-from finteam_experts.data import read_corpus, read_task, task_file
-from finteam_experts.errors import run
+from finteam_experts.data import read_corpus, read_task, task_file, tuning_rows
+from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.models import (
     check_base,
     fingerprint,
@@ -50,24 +50,37 @@ OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
 class TuneArguments(RunArguments):
     start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
     rows_per_task: int | None = field(default=None, metadata={"help": "At most so many train rows of each task."})
+    rows_of_task: dict | str | None = field(
+        default=None, metadata={"help": "Another limit for some tasks, as {stock_movement: 160}."}
+    )
+    hold_out_validation: bool = field(
+        default=False, metadata={"help": "Leave out the train rows that evaluate.py --split valid scores."}
+    )
     routing_steps: int = field(
         default=100, metadata={"help": "Measure the MoE's routing of held-out text every so many steps; 0: never."}
     )
     routing_passages: int = field(default=8, metadata={"help": "Held-out passages a role for that, 96 tokens each."})
 
+    def limits(self) -> dict[str, int | None]:
+        """The most train rows to take of each task; `InputError` for a task that is unknown."""
+        own = json.loads(self.rows_of_task) if isinstance(self.rows_of_task, str) else self.rows_of_task or {}
+        for name in own:
+            if name not in TASKS:
+                raise InputError(f"rows_of_task: unknown task '{name}'.{nearest(name, TASKS)}")
+        return {name: own.get(name, self.rows_per_task) for name in TASKS}
 
-def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, rows_per_task: int | None) -> Dataset:
+
+def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, args: TuneArguments) -> Dataset:
     """The train rows of all tasks as prompt and completion, shuffled."""
-    rng = random.Random(seed)
-    rows = []
-    for task in TASKS.values():
-        task_rows = read_task(data, task.name, "train")
-        read_task(data, task.name, "test")  # refuses test rows that are in train, before hours are spent
-        rng.shuffle(task_rows)
-        for row in task_rows[:rows_per_task]:
-            prompt = chat(render(task, row, tokenizer))
-            rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": row["label"]}]})
-    rng.shuffle(rows)
+    for task in TASKS:
+        read_task(data, task, "test")  # refuses test rows that are in train, before hours are spent
+    rows = [
+        {
+            "prompt": chat(render(TASKS[task], row, tokenizer)),
+            "completion": [{"role": "assistant", "content": row["label"]}],
+        }
+        for task, row in tuning_rows(data, seed, args.limits(), hold_out=args.hold_out_validation)
+    ]
     return Dataset.from_list(rows)
 
 
@@ -94,7 +107,7 @@ def main() -> None:
     tokenizer = load_tokenizer(start)
     team = [member["name"] for member in record.get("team", ())]
     callback_of = routing_callback(script_args, data, team, tokenizer)
-    dataset = conversations(data, tokenizer, training_args.seed, script_args.rows_per_task)
+    dataset = conversations(data, tokenizer, training_args.seed, script_args)
 
     target = run_dir / OUTPUTS[script_args.start_from]
     inputs = {

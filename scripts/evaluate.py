@@ -3,82 +3,60 @@
 
     python scripts/evaluate.py --run_dir outputs/quickstart
 
-A row's answer is the label with the highest log-likelihood. Writes RUN_DIR/reports/evaluation.json and evaluation.png.
+A row's answer is the label with the highest log-likelihood. Beside it, marked `generated`, stands what published tables
+often use: the first label in the text that the model writes. Writes RUN_DIR/reports/evaluation.json and evaluation.png.
 """
 
 import argparse
 import json
 import os
-import random
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import matplotlib.pyplot as plt
 import numpy as np
-import yaml
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from finteam_experts import runs
-from finteam_experts.data import read_task, task_file
+from finteam_experts.data import rows_to_score, task_file
 from finteam_experts.errors import InputError, run
-from finteam_experts.metrics import scores_with_errors
+from finteam_experts.metrics import confusion, scores, scores_with_errors
 from finteam_experts.models import fingerprint, load_model, load_tokenizer, local_folder
 from finteam_experts.routing import expert_shares
-from finteam_experts.scoring import LabelScoringLM
-from finteam_experts.tasks import FOLDER, SYSTEM_PROMPT, TASKS, chat, render
+from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers, run_lm_eval
+from finteam_experts.tasks import TASKS, chat, render
 
 MODELS = ("base", "dense-instruct", "moe", "moe-instruct")
 ROUTING_ROWS = 8  # prompts a task whose routing is looked at
 
 
-def test_rows(data: Path, task: str, limit: int | None) -> list[dict[str, str]]:
-    """The task's test rows, or `limit` of them, the same ones each time."""
-    rows = read_task(data, task, "test")
-    return rows if limit is None else random.Random(0).sample(rows, min(limit, len(rows)))
-
-
 def evaluate_model(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[dict[str, str]]], work: Path
+    folder: Path, tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[dict[str, str]]], work: Path, *, bf16: bool
 ) -> dict[str, Any]:
     """Score one model on `rows` of each task; returns its part of the report."""
     start = time.monotonic()
     model = load_model(folder).to(PartialState().device)
     prompts = {task: [render(TASKS[task], row, tokenizer) for row in rows[task]] for task in rows}
-    tasks = [_lm_eval_task(task, prompts[task], rows[task], work) for task in rows]
-    output = lm_eval.simple_evaluate(
-        LabelScoringLM(pretrained=model, tokenizer=tokenizer),
-        tasks=tasks,
-        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
-        apply_chat_template=True,
-        system_instruction=SYSTEM_PROMPT,
-        bootstrap_iters=0,  # errors are computed below, for all metrics alike
-    )
+    lm = LabelScoringLM(pretrained=model, tokenizer=tokenizer, bf16=bf16)
+    output = run_lm_eval(lm, prompts, {task: [row["label"] for row in rows[task]] for task in rows}, work)
     report: dict[str, Any] = {"tasks": {task: _task_report(task, output["samples"][task]) for task in rows}}
     for task, result in report["tasks"].items():
         if abs(result["accuracy"] - output["results"][task]["acc,none"]) > 1e-9:
             raise RuntimeError(
                 f"{task}: accuracy {result['accuracy']} differs from lm-eval's {output['results'][task]}"
             )
+        result["generated"] = _generated(model, tokenizer, task, prompts[task], output["samples"][task])
     if model.config.model_type == "mixtral":
         team = [member["name"] for member in runs.read_record(folder)["team"]]
         report["routing"] = {task: _routing(model, tokenizer, team, prompts[task][:ROUTING_ROWS]) for task in rows}
     report["seconds"] = round(time.monotonic() - start, 1)
     return report
-
-
-def _lm_eval_task(task: str, prompts: list[str], rows: list[dict[str, str]], work: Path) -> dict[str, Any]:
-    path = work.absolute() / f"{task}.jsonl"
-    rendered = [{"prompt": prompt, "label": row["label"]} for prompt, row in zip(prompts, rows, strict=True)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rendered))
-    return yaml.safe_load((FOLDER / f"{task}.yaml").read_text()) | {
-        "dataset_kwargs": {"data_files": {"test": str(path)}}
-    }
 
 
 def _task_report(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,6 +68,31 @@ def _task_report(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
         **scores_with_errors(true, predicted, len(labels)),
         "predicted": {label: int((predicted == position).sum()) for position, label in enumerate(labels)},
         "predictions": [labels[position] for position in predicted],
+    }
+
+
+def _generated(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: str, prompts: list[str], samples: list[dict]
+) -> dict[str, float]:
+    """Accuracy and weighted F1 of the first label in the greedy answer; an answer without one is wrong.
+
+    Where a label is the likeliest continuation, the answer begins with it: only the other rows are generated.
+    """
+    labels = TASKS[task].labels
+    answers: list[str | None] = [None] * len(samples)
+    for row, sample in enumerate(samples):
+        greedy = [label for label, (_, is_greedy) in zip(labels, sample["filtered_resps"], strict=True) if is_greedy]
+        answers[row] = next(iter(greedy), None)
+    rest = [row for row, answer in enumerate(answers) if answer is None]
+    for row, answer in zip(rest, greedy_answers(model, tokenizer, [prompts[row] for row in rest]), strict=True):
+        answers[row] = first_label(answer, labels)
+    true = np.array([labels.index(sample["doc"]["label"]) for sample in samples])
+    predicted = np.array([len(labels) if answer is None else labels.index(answer) for answer in answers])
+    found = scores(confusion(true, predicted, len(labels) + 1))
+    return {
+        "accuracy": float(found["accuracy"]),
+        "weighted_f1": float(found["weighted_f1"]),
+        "without_label": int((predicted == len(labels)).sum()),
     }
 
 
@@ -162,13 +165,16 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
     parser.add_argument("--base", help="dense base: Hub id or folder (default: RUN_DIR/base)")
     parser.add_argument("--models", nargs="+", default=MODELS, help="base, or folders of the run")
-    parser.add_argument("--limit", type=int, help="test rows a task (default: all)")
+    parser.add_argument("--split", choices=("test", "valid"), default="test")
+    parser.add_argument("--limit", type=int, help="rows a task (default: all)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for a CPU or GPU with units for it")
+    parser.add_argument("--name", default="evaluation", help="writes RUN_DIR/reports/NAME.json and NAME.png")
     args = parser.parse_args()
     if args.limit is not None and args.limit < 2:
         raise InputError(f"--limit {args.limit}: a standard error needs two rows or more.")
 
     data = args.data_dir or args.run_dir / "data"
-    rows = {task: test_rows(data, task, args.limit) for task in TASKS}
+    rows = {task: rows_to_score(data, task, args.split, args.limit) for task in TASKS}
     folders = {name: args.run_dir / name for name in args.models}
     if "base" in folders:
         folders["base"] = local_folder(args.base or str(args.run_dir / "base"))
@@ -176,11 +182,13 @@ def main() -> None:
         if name != "base":
             runs.require(folder, "scripts/merge_moe.py or recipes/instruct_tune.py, as the name says")
 
-    target = args.run_dir / "reports" / "evaluation.json"
+    target = args.run_dir / "reports" / f"{args.name}.json"
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "tasks": {task: runs.file_hash(task_file(data, task, "test")) for task in TASKS},
+        "split": args.split,
         "limit": args.limit,
+        "bf16": args.bf16,
     }
     work = runs.begin(target, "evaluate", inputs)
     if work is None:
@@ -191,7 +199,7 @@ def main() -> None:
             print(f"{name}: scores are complete: skipped")
             continue
         print(f"Evaluating {name}")
-        runs.write_json(part, evaluate_model(folder, load_tokenizer(folder), rows, work))
+        runs.write_json(part, evaluate_model(folder, load_tokenizer(folder), rows, work, bf16=args.bf16))
     models = {name: json.loads((work / f"{name}.json").read_text()) for name in folders}
     report = {"majority": majority(rows), "models": models}
     plot(report, target.with_suffix(".png"))

@@ -24,40 +24,14 @@ from transformers import PreTrainedTokenizerBase
 
 from finteam_experts import runs
 from finteam_experts.batches import encode
-from finteam_experts.data import corpus_file, read_corpus
+from finteam_experts.data import corpus_file, evenly_spread, read_corpus
 from finteam_experts.errors import InputError, run
 from finteam_experts.gates import get_gates, load_gates, random_gates, set_gates
-from finteam_experts.models import MLP_MODULES, fingerprint, load_model, load_tokenizer, local_folder
+from finteam_experts.models import fingerprint, load_model, load_tokenizer, local_folder, weight_average
 from finteam_experts.perplexity import heldout_loss
 from finteam_experts.routing import Routing, measure_routing
 
 AVERAGE, ORACLE = "weight average", "oracle: own expert"
-
-
-def heldout_passages(data: Path, names: list[str], passages: int) -> dict[str, list[str]]:
-    """Passages of each role's held-out corpus, evenly spread over it: it may be ordered by source."""
-    chosen = {}
-    for name in names:
-        own = read_corpus(data, name, heldout=True)
-        chosen[name] = [own[position] for position in np.linspace(0, len(own) - 1, min(passages, len(own)), dtype=int)]
-    return chosen
-
-
-@torch.no_grad()
-def weight_average(folders: list[Path]) -> torch.nn.Module:
-    """The dense model whose MLPs are the mean of the experts' (all else they have from the base)."""
-    model = load_model(folders[0])
-    mean = {name: tensor / len(folders) for name, tensor in model.state_dict().items() if _in_mlp(name)}
-    for folder in folders[1:]:
-        for name, tensor in load_model(folder).state_dict().items():
-            if _in_mlp(name):
-                mean[name] += tensor / len(folders)
-    model.load_state_dict(mean, strict=False)
-    return model
-
-
-def _in_mlp(name: str) -> bool:
-    return any(f".mlp.{module}." in name for module in MLP_MODULES)
 
 
 def dense_ladder(
@@ -158,7 +132,7 @@ def main() -> None:
     folders = {"moe": moe} | ({"moe-instruct": args.run_dir / "moe-instruct"} if args.tuned else {})
     for folder in folders.values():
         runs.require(folder, "scripts/merge_moe.py or recipes/instruct_tune.py, as the name says")
-    passages = heldout_passages(data, names, args.passages)
+    passages = {name: evenly_spread(read_corpus(data, name, heldout=True), args.passages) for name in names}
 
     target = args.run_dir / "reports" / f"{args.name}.json"
     inputs = {

@@ -16,9 +16,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int
 
 
 def padded_batches(
-    sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int = 1536, title: str
+    sequences: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_tokens: int = 1536,
+    title: str,
+    padding_side: str = "right",
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
-    """Batches of about `batch_tokens` tokens, padded on the right, each with the positions of its rows in `sequences`.
+    """Padded batches of about `batch_tokens` tokens, each with the positions of its rows in `sequences`.
 
     Sequences of similar length go together, so that little is padding. A progress bar called `title` counts them.
     """
@@ -31,5 +36,5 @@ def padded_batches(
                 rows -= 1
             taken, order = order[:rows], order[rows:]
             batch = {"input_ids": [sequences[position] for position in taken]}
-            yield taken, tokenizer.pad(batch, padding_side="right", return_tensors="pt")
+            yield taken, tokenizer.pad(batch, padding_side=padding_side, return_tensors="pt")
             progress.update(len(taken))

@@ -4,11 +4,16 @@
     corpora/{role}.jsonl, corpora/{role}_heldout.jsonl      {"text": str, "source": str}
     tasks/{task}_train.jsonl, tasks/{task}_test.jsonl       {"text": str, "label": str, "question": str (optional)}
 
-Other columns are allowed and ignored.
+Other columns are allowed and ignored. A task may have a TASK_valid.jsonl as well; where it has none, a tenth of its train
+rows serves for validation.
 """
 
+import hashlib
 import json
+import random
 from pathlib import Path
+
+import numpy as np
 
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.tasks import TASKS
@@ -27,13 +32,23 @@ def read_corpus(data_dir: Path, role: str, *, heldout: bool = False) -> list[str
     return [row["text"] for row in _read_rows(corpus_file(data_dir, role, heldout=heldout), ("text", "source"))]
 
 
+def evenly_spread(passages: list[str], count: int) -> list[str]:
+    """`count` of the passages, or all of fewer, evenly spread over them: a corpus may be ordered by source."""
+    return [passages[place] for place in np.linspace(0, len(passages) - 1, min(count, len(passages)), dtype=int)]
+
+
 def read_task(data_dir: Path, task: str, split: str) -> list[dict[str, str]]:
-    """The rows of one task and split (`train` or `test`), each with `text`, `label` and, if it asks its own, `question`.
+    """The rows of one task and split, each with `text`, `label` and, if it asks its own, `question`.
+
+    `train` is the whole file, `valid` the rows of train that are `held_out` if there is no file for it.
 
     Raises `InputError` for a missing or empty file, a missing column or an unknown label; for `test`, also for a row
     whose text is in train as well (compared by its lower-cased letters and digits).
     """
     path = task_file(data_dir, task, split)
+    from_train = split == "valid" and not path.is_file()
+    if from_train:
+        path = task_file(data_dir, task, "train")
     rows = _read_rows(path, ("text", "label"))
     labels = TASKS[task].labels
     for line, row in enumerate(rows, start=1):
@@ -44,7 +59,41 @@ def read_task(data_dir: Path, task: str, split: str) -> list[dict[str, str]]:
             )
     if split == "test":
         _check_not_in_train(path, rows, data_dir, task)
+    if from_train:
+        rows = [row for row in rows if held_out(data_dir, task, row)]
     return [{key: row[key] for key in ("text", "label", "question") if key in row} for row in rows]
+
+
+def rows_to_score(data_dir: Path, task: str, split: str, limit: int | None) -> list[dict[str, str]]:
+    """The task's rows of that split, or `limit` of them, the same ones each time."""
+    rows = read_task(data_dir, task, split)
+    return rows if limit is None else random.Random(0).sample(rows, min(limit, len(rows)))
+
+
+def held_out(data_dir: Path, task: str, row: dict[str, str]) -> bool:
+    """Whether a train row is one of the tenth that serves for validation. Rows with the same text go together."""
+    if task_file(data_dir, task, "valid").is_file():
+        return False
+    return hashlib.sha256(text_key(row).encode()).digest()[0] % 10 == 0
+
+
+def tuning_rows(
+    data_dir: Path, seed: int, limits: dict[str, int | None], *, hold_out: bool
+) -> list[tuple[str, dict[str, str]]]:
+    """The train rows to tune on, each with its task, shuffled: at most `limits[task]` rows of each.
+
+    With `hold_out`, rows that serve for validation are left out.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for task in TASKS:
+        own = read_task(data_dir, task, "train")
+        if hold_out:
+            own = [row for row in own if not held_out(data_dir, task, row)]
+        rng.shuffle(own)
+        rows += [(task, row) for row in own[: limits.get(task)]]
+    rng.shuffle(rows)
+    return rows
 
 
 def _read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:

@@ -73,6 +73,18 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> torch.nn.Modu
     return model.eval()
 
 
+def parameter_counts(folder: Path) -> dict[str, int]:
+    """A model's parameters, `total` and those `active` in each token, from its config alone."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    used = config.num_experts_per_tok / config.num_local_experts if experts else 1
+    return {"total": total, "active": total - round(experts * (1 - used))}
+
+
 def fingerprint(folder: Path) -> str:
     """16 hex digits that change with any tensor's name, shape, type or first row (a sample: bases run to many GB)."""
     digest = hashlib.sha256()
@@ -111,3 +123,20 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
         )
     save_release(merged.to(stored_dtype), model_folder, target)
     return difference
+
+
+@torch.no_grad()
+def weight_average(folders: list[Path]) -> torch.nn.Module:
+    """The dense model whose MLPs are the mean of the experts' (all else they have from the base)."""
+    model = load_model(folders[0])
+    mean = {name: tensor / len(folders) for name, tensor in model.state_dict().items() if _in_mlp(name)}
+    for folder in folders[1:]:
+        for name, tensor in load_model(folder).state_dict().items():
+            if _in_mlp(name):
+                mean[name] += tensor / len(folders)
+    model.load_state_dict(mean, strict=False)
+    return model
+
+
+def _in_mlp(name: str) -> bool:
+    return any(f".mlp.{module}." in name for module in MLP_MODULES)

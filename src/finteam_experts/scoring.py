@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring the labels of classification prompts by log-likelihood, as a language model for lm-eval."""
+"""Scoring the labels of classification prompts: by log-likelihood, as a language model for lm-eval, or in an answer."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_eval
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from finteam_experts.batches import padded_batches
+from finteam_experts.tasks import FOLDER, SYSTEM_PROMPT, chat
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context tokens, continuation tokens)
 
@@ -13,11 +23,13 @@ class LabelScoringLM(HFLM):
 
     One forward pass gives the log-likelihood of every label that agrees with it up to the label's last token, and the
     vocabulary head runs on the label's positions only. Batches hold rows of similar length, `batch_tokens` tokens each.
+    With `bf16` all but the head computes in bfloat16; the head does not, since bfloat16 logits of two labels are often equal.
     """
 
-    def __init__(self, *args, batch_tokens: int = 2048, **kwargs) -> None:
+    def __init__(self, *args, batch_tokens: int = 2048, bf16: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.batch_tokens = batch_tokens
+        self.bf16 = bf16
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -32,7 +44,10 @@ class LabelScoringLM(HFLM):
                 first = min(len(requests[members[0]][1]) for _, members in batch) - 1  # predicts a first label token
                 tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
                 # Right padding needs no mask: under causal attention no earlier position sees it.
-                logits = self.model(tokens.to(self.device), logits_to_keep=tokens.shape[1] - first).logits
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    hidden = self.model.base_model(tokens.to(self.device), use_cache=False).last_hidden_state
+                head = self.model.get_output_embeddings()
+                logits = head(hidden[:, first:].to(head.weight.dtype))
                 log_probs = logits.float().log_softmax(-1)  # [rows, kept positions, vocabulary]
                 for row, (_, members) in zip(log_probs, batch, strict=True):
                     for index in members:
@@ -65,3 +80,48 @@ def _passes(requests: list[Request]) -> list[tuple[list[int], list[int]]]:
                 open_passes.append((read, [index]))
         passes += [([*context, *tail], answered) for tail, answered in open_passes]
     return passes
+
+
+def run_lm_eval(lm: HFLM, prompts: dict[str, list[str]], answers: dict[str, list[str]], work: Path) -> dict[str, Any]:
+    """lm-eval's output for the tasks that `prompts` names, in the chat format of training; `work` takes its data files."""
+    tasks = []
+    for name, own in prompts.items():
+        path = work.absolute() / f"{name}.jsonl"
+        rendered = [{"prompt": prompt, "label": label} for prompt, label in zip(own, answers[name], strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rendered))
+        definition = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+        tasks.append(definition | {"dataset_kwargs": {"data_files": {"test": str(path)}}})
+    return lm_eval.simple_evaluate(
+        lm,
+        tasks=tasks,
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        system_instruction=SYSTEM_PROMPT,
+        bootstrap_iters=0,  # scripts/evaluate.py computes errors, for all metrics alike
+    )
+
+
+def first_label(answer: str, labels: tuple[str, ...]) -> str | None:
+    """The label that stands first in a written answer, whatever its case; `None` if there is none."""
+    places = {label: answer.lower().find(label.lower()) for label in labels}
+    found = [label for label in labels if places[label] >= 0]
+    return min(found, key=lambda label: (places[label], -len(label)), default=None)
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, max_new_tokens: int = 8
+) -> list[str]:
+    """What the model writes in reply to each user message, always taking the likeliest token."""
+    encoded = tokenizer.apply_chat_template([chat(prompt) for prompt in prompts], add_generation_prompt=True)
+    answers = [""] * len(prompts)
+    sequences = encoded["input_ids"] if prompts else []
+    for rows, batch in padded_batches(sequences, tokenizer, title="answers", padding_side="left"):
+        batch = batch.to(model.device)
+        output = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+    return answers

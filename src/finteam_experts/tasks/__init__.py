@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from finteam_experts.tasks.prices import compact_prices
+
 FOLDER = Path(__file__).parent
 # Given explicitly: templates fill a missing one with the base's own identity, which is wrong here, or with the date.
 SYSTEM_PROMPT = "You are a financial analyst."
@@ -23,6 +25,7 @@ class Task:
     role: str  # the analyst whose field it is
     question: str  # for rows that do not ask their own
     labels: tuple[str, ...]
+    main_score: str  # by which models are compared
     max_text_tokens: int  # longer texts are cut at the end, so that the question always fits
 
 
@@ -35,6 +38,7 @@ def _load(path: Path) -> Task:
         role=about["role"],
         question=about["question"],
         labels=tuple(content["doc_to_choice"]),
+        main_score=about["main_score"],
         max_text_tokens=about["max_text_tokens"],
     )
 
@@ -44,8 +48,8 @@ TASKS: dict[str, Task] = {task.name: task for task in map(_load, sorted(FOLDER.g
 
 def render(task: Task, row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> str:
     """The user message for a task row; the answer to it is `row["label"]`."""
-    tokens = tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    text = row["text"]
+    text = compact_prices(row["text"])
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if len(tokens) > task.max_text_tokens:
         text = text[: tokens[task.max_text_tokens - 1][1]]
     labels = " or ".join([", ".join(task.labels[:-1]), task.labels[-1]])

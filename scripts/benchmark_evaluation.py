@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows per second of the evaluation beside lm-eval's own model class with `batch_size=auto`, and whether scores agree.
+
+    python scripts/benchmark_evaluation.py --model outputs/quickstart/dense-instruct --limit 60
+
+Both score the same rows of the four tasks with the same weights in one process, turn by turn, so that what else the
+machine does hits both alike.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from lm_eval.models.huggingface import HFLM
+
+from finteam_experts.data import rows_to_score
+from finteam_experts.errors import run
+from finteam_experts.models import load_model, load_tokenizer
+from finteam_experts.scoring import LabelScoringLM, run_lm_eval
+from finteam_experts.tasks import TASKS, render
+
+
+def label_scores(output: dict) -> np.ndarray:
+    """Every label's log-likelihood, in the order of tasks, rows and labels."""
+    return np.array(
+        [
+            score
+            for samples in output["samples"].values()
+            for sample in samples
+            for score, _ in sample["filtered_resps"]
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("outputs/quickstart/dense-instruct"), help="model folder")
+    parser.add_argument("--data_dir", type=Path, default=Path("outputs/quickstart/data"))
+    parser.add_argument("--limit", type=int, default=60, help="test rows a task")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+
+    model, tokenizer = load_model(args.model).to(PartialState().device), load_tokenizer(args.model)
+    rows = {task: rows_to_score(args.data_dir, task, "test", args.limit) for task in TASKS}
+    prompts = {task: [render(TASKS[task], row, tokenizer) for row in own] for task, own in rows.items()}
+    answers = {task: [row["label"] for row in own] for task, own in rows.items()}
+    count = sum(map(len, rows.values()))
+    ways = {
+        "lm-eval": lambda: HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto"),
+        "ours": lambda: LabelScoringLM(pretrained=model, tokenizer=tokenizer),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    found = {}
+    with tempfile.TemporaryDirectory() as work:
+        for number in range(args.rounds):
+            for name, make in ways.items():
+                start = time.monotonic()
+                found[name] = run_lm_eval(make(), prompts, answers, Path(work))
+                speeds[name].append(count / (time.monotonic() - start))
+                print(f"round {number + 1}, {name}: {speeds[name][-1]:.2f} rows/s", flush=True)
+    difference = np.abs(label_scores(found["ours"]) - label_scores(found["lm-eval"])).max()
+    ratios = [ours / plain for ours, plain in zip(speeds["ours"], speeds["lm-eval"], strict=True)]
+    print(f"{count} rows: {' and '.join(f'{ratio:.2f}' for ratio in ratios)} times lm-eval's rows per second")
+    print(f"largest difference of a label's log-likelihood: {difference:.1e} nats")
+    for task in rows:
+        ours, plain = (found[name]["results"][task]["acc,none"] for name in ("ours", "lm-eval"))
+        print(f"{task}: accuracy {ours:.4f}, lm-eval {plain:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

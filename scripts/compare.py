@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make, tune and score every model of a comparison, one after the other; `scripts/report_results.py` makes the tables.
+
+    python scripts/compare.py --config recipes/smollm2-135m/comparison.yaml --data_dir DIR
+    python scripts/compare.py --config recipes/smollm2-135m/comparison.yaml --data_dir DIR --only dense-instruct moe-fitted
+
+Each finished run leaves a file in the comparison's `results` folder, and is not made again while that is there. A run
+that was cut off goes on from its last checkpoint. `--only` also names levers, which are scored on validation rows.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig
+
+from finteam_experts import runs
+from finteam_experts.comparison import Comparison, Contestant, read_comparison, result_file
+from finteam_experts.data import corpus_file, evenly_spread, read_corpus, task_file
+from finteam_experts.errors import InputError, nearest, run
+from finteam_experts.models import load_model, load_tokenizer, parameter_counts
+from finteam_experts.perplexity import heldout_loss
+from finteam_experts.starts import Starts, options_of, step
+from finteam_experts.tasks import TASKS
+
+
+def perplexities(comparison: Comparison, starts: Starts, names: list[str]) -> None:
+    """Held-out loss of each start on every role's corpus, in nats a token: the experts x corpora matrix."""
+    path = comparison.results / "perplexity.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        if name in known:
+            continue
+        folder = starts.start(name)
+        model, tokenizer = load_model(folder).to(PartialState().device), load_tokenizer(folder)
+        loss = {}
+        for role in starts.roles:
+            passages = evenly_spread(read_corpus(starts.data, role, heldout=True), comparison.heldout_passages)
+            loss[role] = heldout_loss(model, tokenizer, passages, max_tokens=comparison.heldout_tokens)
+        steps = comparison.teams.get(name.split("/")[0])
+        known[name] = {"nats": loss, "steps": steps and steps.model_dump(), "train_tokens": _tokens(folder)}
+        runs.write_json(path, known)
+        print(f"{name}: held-out nats a token {', '.join(f'{role} {value:.3f}' for role, value in loss.items())}")
+
+
+def _tokens(folder: Path) -> int | None:
+    record = folder / runs.RECORD
+    return json.loads(record.read_text()).get("results", {}).get("train_tokens") if record.exists() else None
+
+
+def tune(
+    comparison: Comparison, starts: Starts, contestant: Contestant, seed: int, start: Path, folder: Path
+) -> tuple[Path, dict[str, Any] | None]:
+    """The contestant's model below `folder`, tuned if it is to be, and what its tuning took."""
+    dense = AutoConfig.from_pretrained(start).model_type != "mixtral"
+    place = folder / ("base" if dense else "moe")
+    place.unlink(missing_ok=True)
+    place.symlink_to(start.absolute(), target_is_directory=True)  # steps expect it inside their run folder
+    if not contestant.recipe:
+        return place, None
+    model = folder / ("dense-instruct" if dense else "moe-instruct")
+    began, fresh = time.monotonic(), not model.exists() and not runs.work_folder(model).exists()
+    arguments = (
+        "--config",
+        contestant.recipe,
+        "--run_dir",
+        folder,
+        "--seed",
+        seed,
+        *(("--base", start) if dense else ()),
+    )
+    starts.launch("recipes/instruct_tune.py", *arguments, overrides={**comparison.overrides, **contestant.overrides})
+    results = runs.read_record(model)["results"]
+    tuning = {
+        **{key: results[key] for key in ("trainable_parameters", "rows_seen", "train_tokens", "steps")},
+        "seconds": round(time.monotonic() - began) if fresh else None,  # of a resumed run it is not known
+        "final_loss": results["log"][-1]["loss"],
+        "routing": results["routing"],
+    }
+    return model, tuning
+
+
+def score(
+    comparison: Comparison, starts: Starts, split: str, start: Path, folder: Path, model: Path
+) -> dict[str, Any]:
+    """The model's scores on a sample of that split, with one digit a prediction: the label's place in the task's list."""
+    limit = comparison.limit if split == "test" else comparison.validation_limit
+    target = folder / "reports" / f"{split}.json"
+    options = [
+        *(options_of("limit", limit) if limit else []),
+        *(["--bf16"] if comparison.overrides.get("bf16") else []),
+    ]
+    step("scripts/evaluate.py", "--run_dir", folder, "--data_dir", starts.data, "--models", model.name, "--base", start,
+         "--split", split, "--name", target.stem, *options)  # fmt: skip
+    report = json.loads(target.read_text())
+    scored = report["models"][model.name]
+    for task, result in scored["tasks"].items():
+        result["predictions"] = "".join(str(TASKS[task].labels.index(label)) for label in result["predictions"])
+    return {"limit": limit, "files": report["inputs"]["tasks"], **scored}
+
+
+def play(comparison: Comparison, starts: Starts, contestant: Contestant, seed: int) -> None:
+    """Tune and score one contestant with one seed, and write its result file.
+
+    Levers are chosen on validation rows, so only contestants are scored on test rows.
+    """
+    start = starts.start(contestant.start)
+    folder = comparison.run_dir / "runs" / f"{contestant.name}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tuning = tune(comparison, starts, contestant, seed, start, folder)
+    scored = {}
+    if seed == contestant.seeds[0]:
+        scored["valid"] = score(comparison, starts, "valid", start, folder, model)
+    if contestant in comparison.contestants:
+        scored["test"] = score(comparison, starts, "test", start, folder, model)
+    cuda = torch.cuda.is_available()
+    result = {
+        **contestant.model_dump(exclude={"seeds", "keep"}),
+        "seed": seed,
+        "train_files": {task: runs.file_hash(task_file(starts.data, task, "train")) for task in TASKS},
+        "corpora": {role: runs.file_hash(corpus_file(starts.data, role)) for role in starts.roles},
+        "parameters": parameter_counts(model),
+        "tuning": tuning,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        **scored,
+    }
+    path = result_file(comparison, contestant, seed)
+    runs.write_json(path, result)
+    print(f"Written to {path}")
+    if contestant.recipe and not contestant.keep:
+        shutil.rmtree(model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the comparison's YAML")
+    parser.add_argument("--data_dir", type=Path, required=True, help="data directory")
+    parser.add_argument("--base", help="dense base: Hub id or folder (default: the quickstart's)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these contestants or levers (default: all contestants)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these of their seeds")
+    args = parser.parse_args()
+
+    comparison = read_comparison(args.config)
+    known = {contestant.name: contestant for contestant in (*comparison.contestants, *comparison.levers)}
+    for name in args.only or ():
+        if name not in known:
+            raise InputError(f"--only {name}: {args.config} has no such contestant.{nearest(name, known)}")
+    chosen = [known[name] for name in args.only] if args.only else list(comparison.contestants)
+    starts = Starts(comparison, args.data_dir, args.base)
+    for contestant in chosen:
+        for seed in contestant.seeds:
+            if args.seeds and seed not in args.seeds:
+                continue
+            if (done := result_file(comparison, contestant, seed)).exists():
+                print(f"{done} is there: skipped")
+            else:
+                play(comparison, starts, contestant, seed)
+    perplexities(comparison, starts, sorted({contestant.start for contestant in chosen}))
+
+
+if __name__ == "__main__":
+    run(main)

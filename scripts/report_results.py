@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the tables and plots of a comparison from its result files.
+
+    python scripts/report_results.py --config recipes/smollm2-135m/comparison.yaml --data_dir DIR
+    python scripts/report_results.py --config recipes/smollm2-135m/comparison.yaml
+
+With a data directory: computes floors and intervals, which need its labels, into RESULTS/summary.json. Then, or without
+one: RESULTS/README.md with all tables, RESULTS/comparison.png, and the comparison's part of this repository's README.md.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from finteam_experts import runs
+from finteam_experts.comparison import Comparison, read_comparison, read_results
+from finteam_experts.comparison_tables import plot, render_all, render_short
+from finteam_experts.data import read_task, rows_to_score, task_file, text_key, tuning_rows
+from finteam_experts.errors import InputError, run
+from finteam_experts.floors import bag_of_words_predictions, majority_predictions
+from finteam_experts.metrics import paired_difference, scores_with_errors
+from finteam_experts.tasks import TASKS
+
+README = Path("README.md")
+BEGIN, END = "<!-- comparison: made by scripts/report_results.py -->\n", "<!-- end of the comparison -->"
+
+
+def digest(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Changes with any result."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def labels_of(comparison: Comparison, data: Path, found: dict[str, list[dict]]) -> dict[str, list[dict[str, str]]]:
+    """The scored test rows; `InputError` unless the results were made with just these files."""
+    for results in found.values():
+        for result in results:
+            for task, recorded in result["test"]["files"].items():
+                path = task_file(data, task, "test")
+                if recorded != runs.file_hash(path):
+                    raise InputError(
+                        f"{result['name']} with seed {result['seed']} was scored on another {path.name} than that of {data}. "
+                        "Name the data directory it was made with."
+                    )
+    return {task: rows_to_score(data, task, "test", comparison.limit) for task in TASKS}
+
+
+def floors(comparison: Comparison, data: Path, rows: dict[str, list[dict[str, str]]]) -> dict[str, dict[str, Any]]:
+    """Scores of the majority class and of a bag of words, trained on the tuning rows of seed 0 or on all of train."""
+    recipe = yaml.safe_load(Path(next(c.recipe for c in comparison.contestants if c.recipe)).read_text())
+    limits = {task: recipe.get("rows_of_task", {}).get(task, recipe.get("rows_per_task")) for task in TASKS}
+    tuned_on = tuning_rows(data, 0, limits, hold_out=recipe.get("hold_out_validation", False))
+    result: dict[str, dict[str, Any]] = {"majority": {}, "bag of words, same rows": {}, "bag of words, all rows": {}}
+    for task, test in rows.items():
+        labels = TASKS[task].labels
+        same = [row for name, row in tuned_on if name == task]
+        predictions = {
+            "majority": majority_predictions(test),
+            "bag of words, same rows": bag_of_words_predictions(same, test),
+            "bag of words, all rows": bag_of_words_predictions(read_task(data, task, "train"), test),
+        }
+        true = np.array([labels.index(row["label"]) for row in test])
+        for name, predicted in predictions.items():
+            classes = np.array([labels.index(label) for label in predicted])
+            result[name][task] = scores_with_errors(true, classes, len(labels))
+    return result
+
+
+def differences(
+    comparison: Comparison, found: dict[str, list[dict]], rows: dict[str, list[dict[str, str]]]
+) -> dict[str, dict[str, Any]]:
+    """Every contestant's difference to each baseline, with intervals."""
+    labels = {task: np.array([TASKS[task].labels.index(row["label"]) for row in own]) for task, own in rows.items()}
+    units = {task: np.unique([text_key(row) for row in own], return_inverse=True)[1] for task, own in rows.items()}
+    predictions = {
+        name: {
+            task: np.array([list(map(int, result["test"]["tasks"][task]["predictions"])) for result in results])
+            for task in TASKS
+        }
+        for name, results in found.items()
+    }
+    classes = {task: len(TASKS[task].labels) for task in TASKS}
+    main_scores = {task: TASKS[task].main_score for task in TASKS}
+    return {
+        name: {
+            baseline: paired_difference(labels, units, own, predictions[baseline], classes, main_scores)
+            for baseline in comparison.baselines
+            if baseline in found and baseline != name
+        }
+        for name, own in predictions.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the comparison's YAML")
+    parser.add_argument("--data_dir", type=Path, help="the data directory that the results were made with")
+    args = parser.parse_args()
+
+    comparison = read_comparison(args.config)
+    found = read_results(comparison, comparison.contestants)
+    levers = read_results(comparison, comparison.levers)
+    if not found:
+        raise InputError(f"{comparison.results} holds no result. Make some first: scripts/compare.py")
+    summary_file = comparison.results / "summary.json"
+    if args.data_dir:
+        rows = labels_of(comparison, args.data_dir, found)
+        summary = {
+            "results": digest(found),
+            "rows": {task: len(own) for task, own in rows.items()},
+            "floors": floors(comparison, args.data_dir, rows),
+            "differences": differences(comparison, found, rows),
+        }
+        runs.write_json(summary_file, summary)
+    if not summary_file.exists():
+        raise InputError(
+            f"{summary_file} does not exist: its intervals need the test labels. Name them with --data_dir."
+        )
+    summary = json.loads(summary_file.read_text())
+    if summary["results"] != digest(found):
+        raise InputError(f"{summary_file} was made from other results. Make it anew: name the data with --data_dir.")
+    perplexity_file = comparison.results / "perplexity.json"
+    perplexity = json.loads(perplexity_file.read_text()) if perplexity_file.exists() else {}
+    (comparison.results / "README.md").write_text(render_all(comparison, found, levers, summary, perplexity))
+    plot(comparison, found, summary, comparison.results / "comparison.png")
+    before, _, rest = README.read_text().partition(BEGIN)
+    if not rest:
+        raise InputError(f"{README} has no line {BEGIN.strip()}. Add it and {END} where the tables belong.")
+    after = rest.partition(END)[2]
+    README.write_text(before + BEGIN + render_short(comparison, found, summary, perplexity) + END + after)
+    print(f"Written: {comparison.results}/README.md, {comparison.results}/comparison.png and the tables in {README}")
+
+
+if __name__ == "__main__":
+    run(main)

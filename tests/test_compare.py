@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison: read strictly, made and resumed run by run, reported with floors and intervals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from conftest import REPOSITORY, SHORT, call, load_script
+from finteam_experts.comparison import read_comparison
+from finteam_experts.comparison_tables import render_all, render_short
+from finteam_experts.errors import InputError
+from finteam_experts.floors import bag_of_words_predictions, majority_predictions
+from finteam_experts.metrics import paired_difference
+from finteam_experts.models import parameter_counts
+from finteam_experts.tasks import TASKS
+
+PUBLISHED = REPOSITORY / "recipes/smollm2-135m/comparison.yaml"
+DENSE, MOE = (str(REPOSITORY / f"recipes/sample/instruct_tune_{kind}.yaml") for kind in ("dense", "moe"))
+
+
+def comparison_file(folder: Path, **changes) -> Path:
+    """A comparison of toy models, every kind of start in it."""
+    short = dict(zip((option.removeprefix("--") for option in SHORT[::2]), map(int, SHORT[1::2]), strict=True))
+    content = {
+        "run_dir": str(folder / "run"),
+        "results": str(folder / "results"),
+        "accelerate_config": str(REPOSITORY / "recipes/accelerate/cpu.yaml"),
+        "expert_recipe": str(REPOSITORY / "recipes/sample/train_expert.yaml"),
+        "overrides": {"use_cpu": True},
+        "limit": 10,
+        "validation_limit": 6,
+        "heldout_passages": 4,
+        "heldout_tokens": 48,
+        "team": "team",
+        "baselines": ["dense"],
+        "teams": {"half": {"trunk_steps": 2, "expert_steps": 2}, "union": {"trunk_steps": 4, "expert_steps": 0}},
+        "contestants": [
+            {"name": "base", "title": "base", "start": "base"},
+            {"name": "dense", "title": "dense", "start": "base", "recipe": DENSE, "overrides": short, "seeds": [0, 1]},
+            {"name": "union", "title": "union", "start": "union/trunk"},
+            {"name": "average", "title": "average", "start": "half/average"},
+            {"name": "hidden", "title": "hidden", "start": "half/moe-hidden"},
+            {"name": "team", "title": "team", "start": "half/moe", "recipe": MOE, "overrides": short, "keep": True},
+        ],
+        "levers": [{"name": "all-three", "title": "all three", "start": "half/moe-top3"}],
+    }
+    path = folder / "comparison.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, toy_base, toy_data) -> Path:
+    """The folder of a finished toy comparison, made with steps in this process."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        compare(folder, toy_base, toy_data, patch)
+        compare(folder, toy_base, toy_data, patch, "--only", "all-three")
+    return folder
+
+
+def compare(folder: Path, base: Path, data: Path, patch: pytest.MonkeyPatch, *arguments) -> None:
+    """Run compare.py; the steps it launches run in this process, which saves their imports."""
+    config = comparison_file(folder) if not (folder / "comparison.yaml").exists() else folder / "comparison.yaml"
+    script = load_script("scripts/compare.py")
+
+    def in_process(command):
+        command = list(map(str, command))
+        start = next(place for place, part in enumerate(command) if part.endswith(".py"))
+        extra = ["--max_length", "64"] if command[start].endswith("train_expert.py") else []
+        extra += ["--tokens_per_role", "1500"] if command[start].endswith("fit_router.py") else []
+        call(command[start], *command[start + 1 :], *extra)
+
+    patch.setattr("finteam_experts.starts.call", in_process)
+    argv = ["compare.py", "--config", str(config), "--data_dir", str(data), "--base", str(base), *map(str, arguments)]
+    patch.setattr("sys.argv", argv)
+    script.main()
+
+
+def report(folder: Path, *arguments) -> None:
+    call("scripts/report_results.py", "--config", folder / "comparison.yaml", *arguments)
+
+
+def test_every_contestant_leaves_its_figures(compared, toy_data):
+    comparison = read_comparison(compared / "comparison.yaml")
+    for contestant in comparison.contestants:
+        for seed in contestant.seeds:
+            result = json.loads((compared / f"results/{contestant.name}-seed{seed}.json").read_text())
+            assert set(result["test"]["tasks"]) == set(TASKS)
+            assert all(len(part["predictions"]) == part["n"] == 10 for part in result["test"]["tasks"].values())
+            assert ("valid" in result) == (seed == 0)
+            assert (result["tuning"] is None) == (contestant.recipe is None)
+            assert ("routing" not in result["test"]) == (contestant.name not in ("hidden", "team"))
+    team = json.loads((compared / "results/team-seed0.json").read_text())
+    assert team["tuning"]["steps"] == 4
+    assert team["tuning"]["train_tokens"] > 0
+    assert team["parameters"]["active"] < team["parameters"]["total"]
+    assert (compared / "run/runs/team-seed0/moe-instruct").is_dir()
+    assert not (compared / "run/runs/dense-seed0/dense-instruct").exists()  # scored, and not to be kept
+    matrix = json.loads((compared / "results/perplexity.json").read_text())
+    assert set(matrix) == {"base", "union/trunk", "half/average", "half/moe-hidden", "half/moe", "half/moe-top3"}
+    assert matrix["union/trunk"]["train_tokens"] > matrix["half/moe-top3"]["nats"]["macro"]
+
+
+def test_lever_is_scored_on_validation_rows(compared):
+    lever = json.loads((compared / "results/levers/all-three-seed0.json").read_text())
+    assert "test" not in lever
+    assert all(part["n"] <= 6 for part in lever["valid"]["tasks"].values())
+    assert parameter_counts(compared / "run/half/moe-top3")["active"] == lever["parameters"]["total"]
+
+
+def test_what_has_a_result_is_not_made_again(compared, toy_base, toy_data, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(compared, tmp_path / "copy")
+    content = yaml.safe_load((copy / "comparison.yaml").read_text())
+    content |= {"run_dir": str(copy / "nothing-here"), "results": str(copy / "results")}
+    (copy / "comparison.yaml").write_text(yaml.safe_dump(content))
+    compare(copy, toy_base, toy_data, monkeypatch)
+    assert capsys.readouterr().out.count("is there: skipped") == 7
+    assert not (copy / "nothing-here").exists()
+
+
+def test_report(compared, toy_data, tmp_path, monkeypatch):
+    copy = shutil.copytree(compared, tmp_path / "copy")
+    content = yaml.safe_load((copy / "comparison.yaml").read_text())
+    (copy / "comparison.yaml").write_text(yaml.safe_dump(content | {"results": str(copy / "results")}))
+    monkeypatch.chdir(copy)
+    marks = load_script("scripts/report_results.py")
+    (copy / "README.md").write_text(f"before\n{marks.BEGIN}old tables\n{marks.END}\nafter\n")
+    with pytest.raises(InputError, match="Name them with --data_dir"):
+        report(copy)
+    report(copy, "--data_dir", toy_data)
+    text = (copy / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old tables" not in text
+    assert "| **team** |" in text
+    assert "| team − dense |" in text
+    everything = (copy / "results/README.md").read_text()
+    assert "all three" in everything
+    assert "half/moe-hidden" in everything
+    assert (copy / "results/comparison.png").stat().st_size > 10_000
+    report(copy)
+    assert (copy / "README.md").read_text() == text
+
+    path = copy / "results/team-seed0.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 3'))
+    with pytest.raises(InputError, match="made from other results"):
+        report(copy)
+    other = shutil.copytree(toy_data, tmp_path / "other")
+    rows = (other / "tasks/fpb_test.jsonl").read_text().splitlines(keepends=True)
+    (other / "tasks/fpb_test.jsonl").write_text("".join(rows[:-1]))
+    with pytest.raises(InputError, match="was scored on another fpb_test.jsonl"):
+        report(copy, "--data_dir", other)
+
+
+def test_published_tables_are_those_of_the_published_results():
+    """README and results/README are what the committed result files say."""
+    script = load_script("scripts/report_results.py")
+    comparison = read_comparison(PUBLISHED)
+    comparison = comparison.model_copy(update={"results": REPOSITORY / comparison.results})
+    found = script.read_results(comparison, comparison.contestants)
+    summary = json.loads((comparison.results / "summary.json").read_text())
+    assert summary["results"] == script.digest(found)
+    perplexity = json.loads((comparison.results / "perplexity.json").read_text())
+    published = read_comparison(PUBLISHED)  # with the path as in the tables
+    levers = script.read_results(comparison, comparison.levers)
+    assert (comparison.results / "README.md").read_text() == render_all(published, found, levers, summary, perplexity)
+    readme = (REPOSITORY / "README.md").read_text()
+    assert script.BEGIN + render_short(published, found, summary, perplexity) + script.END in readme
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 1}, "limit: Input should be greater than or equal to 2, found 1"),
+        ({"colour": 1}, "colour: Extra inputs are not permitted"),
+        ({"team": "nobody"}, "'nobody' is to be compared but is no contestant"),
+        (
+            {"contestants": [{"name": "team", "title": "", "start": "quarter/moe"}], "baselines": []},
+            "starts from 'quarter",
+        ),
+    ],
+)
+def test_errors_name_file_and_key(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        read_comparison(comparison_file(tmp_path, **changes))
+    assert "comparison.yaml" in str(error.value)
+
+
+def test_unknown_contestant(tmp_path, toy_data, toy_base, monkeypatch):
+    with pytest.raises(InputError, match="no such contestant. Did you mean 'dense'"):
+        compare(tmp_path, toy_base, toy_data, monkeypatch, "--only", "dens")
+
+
+def test_interval_covers_a_true_difference():
+    """Two sides that are right in 80 % and 70 % of rows: the interval holds .10, is no wider than chance, and is signed."""
+    rng = np.random.default_rng(0)
+    true = rng.integers(2, size=600)
+    sides = [np.array([np.where(rng.random(600) < share, true, 1 - true) for _ in range(3)]) for share in (0.8, 0.7)]
+    arguments = ({"t": true}, {"t": np.arange(600)}, {"t": sides[0]}, {"t": sides[1]}, {"t": 2}, {"t": "accuracy"})
+    found = paired_difference(*arguments)["t"]
+    assert found["low"] < 0.10 < found["high"]
+    assert 0.03 < found["high"] - found["low"] < 0.12
+    accuracy = [(side == true).mean() for side in sides]
+    assert found["difference"] == pytest.approx(accuracy[0] - accuracy[1])
+    swapped = paired_difference(*arguments[:2], *reversed(arguments[2:4]), *arguments[4:])
+    assert swapped["t"]["difference"] == -found["difference"]
+    assert swapped["average"]["high"] < 0
+    same = paired_difference(*arguments[:3], arguments[2], *arguments[4:])["t"]
+    assert same["difference"] == 0
+    assert same["low"] < 0 < same["high"]  # by the seeds alone
+
+
+def test_rows_that_share_a_text_are_drawn_together():
+    rng = np.random.default_rng(1)
+    true = np.repeat(rng.integers(2, size=50), 8)
+    ours = np.repeat(np.where(rng.random(50) < 0.8, 1, 0), 8)
+    ours = np.where(ours == 1, true, 1 - true)[None]
+    theirs = (1 - true)[None]
+    width = {}
+    for name, units in (("rows", np.arange(400)), ("texts", np.repeat(np.arange(50), 8))):
+        found = paired_difference({"t": true}, {"t": units}, {"t": ours}, {"t": theirs}, {"t": 2}, {"t": "accuracy"})[
+            "t"
+        ]
+        width[name] = found["high"] - found["low"]
+    assert width["texts"] > 2 * width["rows"]
+
+
+def test_floors():
+    train = [{"text": f"profit {word} {number}", "label": label, "question": question}
+             for number in range(20) for word, label in (("rose", "Yes"), ("fell", "No")) for question in ("up?", "down?")]  # fmt: skip
+    for row in train:
+        if row["question"] == "down?":
+            row["label"] = "No" if row["label"] == "Yes" else "Yes"
+    test = [
+        {"text": "profit rose", "label": "Yes", "question": "up?"},
+        {"text": "profit rose", "label": "No", "question": "down?"},
+    ]
+    assert bag_of_words_predictions(train, test) == ["Yes", "No"]
+    assert bag_of_words_predictions(train[::4], test[:1]) == ["Yes"]  # one label only
+    assert majority_predictions([*test, test[0]]) == ["Yes"] * 3
