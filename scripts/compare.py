@@ -42,15 +42,9 @@ def perplexities(comparison: Comparison, starts: Starts, names: list[str]) -> No
         for role in starts.roles:
             passages = evenly_spread(read_corpus(starts.data, role, heldout=True), comparison.heldout_passages)
             loss[role] = heldout_loss(model, tokenizer, passages, max_tokens=comparison.heldout_tokens)
-        steps = comparison.teams.get(name.split("/")[0])
-        known[name] = {"nats": loss, "steps": steps and steps.model_dump(), "train_tokens": _tokens(folder)}
+        known[name] = {"nats": loss, "tokens": starts.tokens(name)}
         runs.write_json(path, known)
         print(f"{name}: held-out nats a token {', '.join(f'{role} {value:.3f}' for role, value in loss.items())}")
-
-
-def _tokens(folder: Path) -> int | None:
-    record = folder / runs.RECORD
-    return json.loads(record.read_text()).get("results", {}).get("train_tokens") if record.exists() else None
 
 
 def tune(
@@ -125,6 +119,7 @@ def play(comparison: Comparison, starts: Starts, contestant: Contestant, seed: i
         "train_files": {task: runs.file_hash(task_file(starts.data, task, "train")) for task in TASKS},
         "corpora": {role: runs.file_hash(corpus_file(starts.data, role)) for role in starts.roles},
         "parameters": parameter_counts(model),
+        "tokens_before_tuning": starts.tokens(contestant.start),
         "tuning": tuning,
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

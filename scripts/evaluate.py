@@ -30,6 +30,7 @@ from finteam_experts.metrics import confusion, scores, scores_with_errors
 from finteam_experts.models import fingerprint, load_model, load_tokenizer, local_folder
 from finteam_experts.routing import expert_shares
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers, run_lm_eval
+from finteam_experts.split_experts import split_experts
 from finteam_experts.tasks import TASKS, chat, render
 
 MODELS = ("base", "dense-instruct", "moe", "moe-instruct")
@@ -42,6 +43,8 @@ def evaluate_model(
     """Score one model on `rows` of each task; returns its part of the report."""
     start = time.monotonic()
     model = load_model(folder).to(PartialState().device)
+    if model.config.model_type == "mixtral":
+        split_experts(model)  # twice as fast on a CPU
     prompts = {task: [render(TASKS[task], row, tokenizer) for row in rows[task]] for task in rows}
     lm = LabelScoringLM(pretrained=model, tokenizer=tokenizer, bf16=bf16)
     output = run_lm_eval(lm, prompts, {task: [row["label"] for row in rows[task]] for task in rows}, work)

@@ -10,7 +10,6 @@ download. A file that is complete is not fetched again.
 
 import argparse
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from finteam_experts import runs
-from finteam_experts.data import corpus_file, task_file, text_key
+from finteam_experts.data import corpus_file, read_rows, task_file, text_key, write_rows
 from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.tasks import TASKS
 
@@ -173,28 +172,25 @@ def corpus(
     return list(parts[0].values()), list(parts[1].values()), dropped
 
 
-def write_rows(path: Path, rows: list[dict[str, str]], source: str) -> None:
-    """Write JSON lines so that `path` is whole or not there; `InputError` if there are none."""
+def keep_rows(path: Path, rows: list[dict[str, str]], source: str) -> None:
+    """Write the rows; `InputError` if there are none."""
     if not rows:
         raise InputError(f"{source} gave no row for {path.name}. Raise --max_rows, or choose another source.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_rows(path, rows)
 
 
 def fetch_task(work: Path, name: str, source: TaskSource, max_rows: int | None) -> None:
     """Write the test rows of a task, and the train rows whose text is in no test row."""
     test_path, train_path = (task_file(work, name, split) for split in ("test", "train"))
     if not test_path.exists():
-        write_rows(test_path, task_rows(name, source, "test", max_rows), source.dataset)
+        keep_rows(test_path, task_rows(name, source, "test", max_rows), source.dataset)
     if not train_path.exists():
-        in_test = {text_key(row) for row in _read(test_path)}
+        in_test = {text_key(row) for row in read_rows(test_path, ("text",))}
         rows = task_rows(name, source, "train", max_rows)
         kept = [row for row in rows if text_key(row) not in in_test]
         if len(kept) < len(rows):
             print(f"{name}: {len(rows) - len(kept)} train rows left out, their text is in test")
-        write_rows(train_path, kept, source.dataset)
+        keep_rows(train_path, kept, source.dataset)
 
 
 def fetch_corpus(work: Path, role: str, sources: list[Source], test_keys: list[str], max_rows: int | None) -> None:
@@ -205,12 +201,8 @@ def fetch_corpus(work: Path, role: str, sources: list[Source], test_keys: list[s
         if dropped:
             print(f"{role}: {dropped} passages left out, they hold a test text")
         names = ", ".join(source.dataset for source in sources)
-        write_rows(heldout_path, heldout, names)
-        write_rows(path, train, names)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        keep_rows(heldout_path, heldout, names)
+        keep_rows(path, train, names)
 
 
 def readme(sources: Sources) -> str:
@@ -246,12 +238,14 @@ def main() -> None:
         return
     for name, source in sources.tasks.items():
         fetch_task(work, name, source, args.max_rows)
-    test_keys = [text_key(row) for name in sources.tasks for row in _read(task_file(work, name, "test"))]
+    test_keys = [
+        text_key(row) for name in sources.tasks for row in read_rows(task_file(work, name, "test"), ("text",))
+    ]
     for role, own in sources.roles.items():
         fetch_corpus(work, role, own, test_keys, args.max_rows)
     (work / "README.md").write_text(readme(sources))
     files = sorted(path.relative_to(work) for path in work.rglob("*.jsonl"))
-    counts = {str(path): len(_read(work / path)) for path in files}
+    counts = {str(path): len(read_rows(work / path, ("text",))) for path in files}
     runs.finish(args.data_dir, {"results": {"rows": counts}})
     print(f"{args.data_dir}: " + ", ".join(f"{path} {count}" for path, count in counts.items()))
 

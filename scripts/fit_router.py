@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +22,7 @@ from finteam_experts.batches import encode
 from finteam_experts.data import corpus_file, read_corpus, read_task, task_file
 from finteam_experts.errors import InputError, run
 from finteam_experts.gates import GATES, write_gates
-from finteam_experts.models import load_model, load_tokenizer, weight_files
+from finteam_experts.models import load_model, load_tokenizer, stored_tensors, weight_files
 from finteam_experts.router import Sequences, fit
 from finteam_experts.tasks import TASKS, chat, render
 
@@ -94,12 +93,10 @@ def check_experts(moe: Path, names: list[str], experts: Path) -> None:
             )
 
 
-def _tensor(folder: Path, name: str) -> torch.Tensor:
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 (not a dict)
-                return tensors.get_tensor(name)
-    raise InputError(f"{folder} has no {name}: it is not a folder that scripts/merge_moe.py wrote.")
+def _tensor(folder: Path, wanted: str) -> torch.Tensor:
+    for _, tensor in stored_tensors(folder, lambda name: name == wanted):
+        return tensor
+    raise InputError(f"{folder} has no {wanted}: it is not a folder that scripts/merge_moe.py wrote.")
 
 
 def main() -> None:

@@ -7,12 +7,11 @@ Beside the corpora of moe_merge.yaml's roles there are two for the examples of a
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 from finteam_experts import runs
-from finteam_experts.data import corpus_file, task_file
+from finteam_experts.data import corpus_file, task_file, write_rows
 from finteam_experts.errors import run
 from finteam_experts.sample_data.corpora import ROLES, corpus
 from finteam_experts.sample_data.task_rows import task_rows
@@ -26,17 +25,12 @@ def write_data(folder: Path, seed: int) -> None:
     """Write corpora and task rows below `folder`, the same bytes for the same seed."""
     for role in ROLES:
         train, heldout = corpus(role, PASSAGES, HELDOUT_PASSAGES, random.Random(f"{seed} {role}"))
-        _write_rows(corpus_file(folder, role), train)
-        _write_rows(corpus_file(folder, role, heldout=True), heldout)
+        write_rows(corpus_file(folder, role), train)
+        write_rows(corpus_file(folder, role, heldout=True), heldout)
     for task in TASKS:
         rows = task_rows(task, TRAIN_ROWS + TEST_ROWS, random.Random(f"{seed} {task}"))
-        _write_rows(task_file(folder, task, "train"), rows[:TRAIN_ROWS])
-        _write_rows(task_file(folder, task, "test"), rows[TRAIN_ROWS:])
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(task_file(folder, task, "train"), rows[:TRAIN_ROWS])
+        write_rows(task_file(folder, task, "test"), rows[TRAIN_ROWS:])
 
 
 def main() -> None:

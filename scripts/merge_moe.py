@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from finteam_experts.models import (
     load_tokenizer,
     local_folder,
     merge_adapter,
+    stored_tensors,
     weight_files,
 )
 from finteam_experts.release import copy_companions
@@ -91,11 +91,11 @@ def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
             if name not in merged or not torch.equal(merged[name].get_slice(name)[(*part, ...)], source):
                 raise InputError(f"{moe}: {name} is not what it was merged from. Delete the folder and merge again.")
 
-        for name, tensor in _tensors(base):
+        for name, tensor in stored_tensors(base):
             if ".mlp." not in name:
                 compare(name, tensor)
         for position, expert in enumerate(config.experts):
-            for name, tensor in _tensors(Path(expert.source_model.model.path)):
+            for name, tensor in stored_tensors(Path(expert.source_model.model.path)):
                 if ".mlp." not in name:
                     continue
                 experts = name.rpartition(".mlp.")[0] + ".mlp.experts."
@@ -109,13 +109,6 @@ def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
             merged[name].get_tensor(name).isfinite().all() for name in gates
         ):
             raise InputError(f"{moe}: it has other tensors than its sources, or gates that are not finite.")
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name, tensors.get_tensor(name)
 
 
 def main() -> None:

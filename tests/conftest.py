@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finteam_experts.data import corpus_file, task_file
+from finteam_experts.data import corpus_file, task_file, write_rows
 from finteam_experts.sample_data import corpora
 from finteam_experts.sample_data.corpora import corpus
 from finteam_experts.sample_data.task_rows import task_rows
@@ -116,7 +116,6 @@ def toy_base(make_base) -> Path:
 def toy_data(tmp_path_factory) -> Path:
     """A small data directory in the contract's form."""
     folder = tmp_path_factory.mktemp("data")
-    write_rows = load_script("scripts/make_sample_data.py")._write_rows
     for role in corpora.ROLES:
         train, heldout = corpus(role, 60, 8, random.Random(role))
         write_rows(corpus_file(folder, role), train)

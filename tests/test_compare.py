@@ -103,7 +103,9 @@ def test_every_contestant_leaves_its_figures(compared, toy_data):
     assert not (compared / "run/runs/dense-seed0/dense-instruct").exists()  # scored, and not to be kept
     matrix = json.loads((compared / "results/perplexity.json").read_text())
     assert set(matrix) == {"base", "union/trunk", "half/average", "half/moe-hidden", "half/moe", "half/moe-top3"}
-    assert matrix["union/trunk"]["train_tokens"] > matrix["half/moe-top3"]["nats"]["macro"]
+    assert matrix["base"]["tokens"] == 0
+    assert matrix["half/moe"]["tokens"] > matrix["union/trunk"]["tokens"] > 0  # 2 + 3 x 2 steps, and 4
+    assert team["tokens_before_tuning"] == matrix["half/moe"]["tokens"]
 
 
 def test_lever_is_scored_on_validation_rows(compared):

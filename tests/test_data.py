@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from finteam_experts.data import corpus_file, read_corpus, read_task, task_file
+from finteam_experts.data import corpus_file, evenly_spread, read_corpus, read_task, task_file, tuning_rows
 from finteam_experts.errors import InputError
 from finteam_experts.tasks import TASKS, render
+from finteam_experts.tasks.prices import HEADER, compact_prices
 
 
 @pytest.fixture
@@ -77,3 +78,46 @@ def test_prompt_keeps_the_question_when_the_text_is_long(toy_base):
     assert render(TASKS["fpb"], {"text": "Short."}, tokenizer) == (
         f"Short.\n\n{TASKS['fpb'].question} Answer negative, neutral or positive."
     )
+
+
+def test_validation_rows_are_a_tenth_of_train_or_a_file_of_their_own(data):
+    path = task_file(data, "fpb", "train")
+    path.write_text("".join(json.dumps({"text": f"Text {n}.", "label": "neutral"}) + "\n" for n in range(600)))
+    valid = read_task(data, "fpb", "valid")
+    assert 30 < len(valid) < 100
+    limits = dict.fromkeys(TASKS)
+    held_back, all_rows = (tuning_rows(data, 0, limits, hold_out=flag) for flag in (True, False))
+    trained = [row for task, row in held_back if task == "fpb"]
+    assert len(trained) + len(valid) == 600
+    assert not {row["text"] for row in trained} & {row["text"] for row in valid}
+    assert sum(task == "fpb" for task, _ in all_rows) == 600
+
+    task_file(data, "fpb", "valid").write_text(json.dumps({"text": "Another.", "label": "neutral"}) + "\n")
+    assert [row["text"] for row in read_task(data, "fpb", "valid")] == ["Another."]
+    assert sum(task == "fpb" for task, _ in tuning_rows(data, 0, limits, hold_out=True)) == 600
+
+
+def test_tuning_rows_keep_their_limits_and_follow_the_seed(data):
+    limits = dict.fromkeys(TASKS, 9) | {"fiqasa": 4}
+    rows = tuning_rows(data, 0, limits, hold_out=False)
+    assert {task: sum(name == task for name, _ in rows) for task in TASKS} == limits
+    assert rows == tuning_rows(data, 0, limits, hold_out=False)
+    assert rows != tuning_rows(data, 1, limits, hold_out=False)
+
+
+def test_passages_are_spread_evenly():
+    assert evenly_spread(list("abcdefghi"), 3) == ["a", "e", "i"]
+    assert evenly_spread(["a", "b"], 5) == ["a", "b"]
+
+
+def test_price_windows_are_said_shortly():
+    """A published row: moves and the last day's averages in one line each, tweets with the newest first."""
+    days = [f"2015-06-0{day},0.1,0.2,-0.3,9.9,{day}.5,0.{day},1,2,3,4,-1.{day}" for day in (1, 2, 3)]
+    tweets = ["2015-06-01: $aep up, they say, 1,2,3,4,5,6,7,8,9,10,11", "2015-06-03: quiet"]
+    assert compact_prices("\n".join([HEADER, *days, *tweets])) == (
+        "Daily moves in %: 1.5, 2.5, 3.5\n"
+        "Averages against the close in %: 5 days 0.3, 30 days -1.3\n"
+        "2015-06-03: quiet\n2015-06-01: $aep up, they say, 1,2,3,4,5,6,7,8,9,10,11"
+    )
+    for other in ("Net sales rose.", HEADER, f"{HEADER}\nno numbers"):
+        assert compact_prices(other) == other

@@ -10,12 +10,13 @@ from lm_eval.models.huggingface import HFLM
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from conftest import call
+from finteam_experts.data import rows_to_score
 from finteam_experts.errors import InputError
 from finteam_experts.metrics import confusion, scores, scores_with_errors
 from finteam_experts.models import load_model, load_tokenizer
 from finteam_experts.routing import expert_shares
-from finteam_experts.scoring import LabelScoringLM
-from finteam_experts.tasks import TASKS
+from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
+from finteam_experts.tasks import TASKS, chat, render
 
 
 def evaluate(run_dir, *arguments):
@@ -30,6 +31,7 @@ def test_metrics_equal_scikit_learn(classes):
         true, predicted = rng.integers(classes, size=(2, n))
         found = scores(confusion(true, predicted, classes))
         assert found["accuracy"] == pytest.approx(accuracy_score(true, predicted))
+        assert found["weighted_f1"] == pytest.approx(f1_score(true, predicted, average="weighted"))
         assert found["macro_f1"] == pytest.approx(f1_score(true, predicted, average="macro"))
         if len(set(true) | set(predicted)) > 1:
             assert found["mcc"] == pytest.approx(matthews_corrcoef(true, predicted))
@@ -58,6 +60,60 @@ def test_label_scores_equal_those_of_lm_eval(done_run, model, batch_tokens):
     for (score, greedy), (expected_score, expected_greedy) in zip(found, expected, strict=True):
         assert score == pytest.approx(expected_score, abs=1e-4)
         assert greedy == expected_greedy
+
+
+def test_bfloat16_scores_are_close_and_ties_are_not_made(done_run):
+    """The backbone rounds, the head does not: scores move by hundredths, and two labels never score exactly alike."""
+    loaded, tokenizer = load_model(done_run / "moe"), load_tokenizer(done_run / "moe")
+    requests = [
+        ((context, label), tokenizer(context)["input_ids"], tokenizer(label)["input_ids"])
+        for context in ("Rates rose.", "Sales fell by a third in March.")
+        for label in ("p", "n", "r", "f")
+    ]
+    options = {"pretrained": loaded, "tokenizer": tokenizer}
+    exact, rounded = (
+        [score for score, _ in LabelScoringLM(**options, bf16=bf16)._loglikelihood_tokens(requests, disable_tqdm=True)]
+        for bf16 in (False, True)
+    )
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.3)
+    assert len(set(rounded)) == len(rounded)
+
+
+def test_first_label_in_an_answer():
+    labels = ("negative", "neutral", "positive")
+    assert first_label("It is Positive, not negative.", labels) == "positive"
+    assert first_label("neutral", labels) == "neutral"
+    assert first_label("I cannot say.", labels) is None
+    assert first_label("Norise", ("No", "Norise")) == "Norise"
+
+
+def test_generated_answers_are_those_of_plain_generation(done_run):
+    """Batched and padded on the left, or one by one: the same words."""
+    loaded, tokenizer = load_model(done_run / "moe-instruct"), load_tokenizer(done_run / "moe-instruct")
+    prompts = ["Rates rose.", "The company reported higher sales in March and April.", "x"]
+    expected = []
+    for prompt in prompts:
+        encoded = tokenizer.apply_chat_template(
+            chat(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = loaded.generate(**encoded, max_new_tokens=8, do_sample=False)
+        expected.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert greedy_answers(loaded, tokenizer, prompts) == expected
+    assert greedy_answers(loaded, tokenizer, []) == []
+
+
+def test_generated_score_counts_the_first_label(done_run):
+    """Recomputed from plain generation, for a tuned model and for one that writes no label."""
+    report = json.loads((done_run / "reports/evaluation.json").read_text())
+    for name in ("moe", "moe-instruct"):
+        model, tokenizer = load_model(done_run / name), load_tokenizer(done_run / name)
+        rows = rows_to_score(done_run / "data", "fpb", "test", None)
+        prompts = [render(TASKS["fpb"], row, tokenizer) for row in rows]
+        found = [first_label(answer, TASKS["fpb"].labels) for answer in greedy_answers(model, tokenizer, prompts)]
+        generated = report["models"][name]["tasks"]["fpb"]["generated"]
+        assert generated["without_label"] == found.count(None)
+        assert generated["accuracy"] == np.mean([a == row["label"] for a, row in zip(found, rows, strict=True)])
 
 
 def test_report(done_run):

@@ -155,3 +155,12 @@ def test_compact_head_gives_the_loss_and_gradients_of_trl(done_run, tmp_path, mo
         torch.testing.assert_close(compact[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
     for metric in set(expected[2]) - {"entropy"}:
         assert compact[2][metric] == pytest.approx(expected[2][metric]), metric
+
+
+def test_limits_of_single_tasks(new_run):
+    """--rows_of_task as on the command line: three rows of one task, two of each other one, none of the validation rows."""
+    instruct_tune(new_run, "dense", "--rows_per_task", 2, "--rows_of_task", '{"fpb": 3}', "--hold_out_validation", True,
+                  "--max_steps", -1, "--num_train_epochs", 1, "--lr_scheduler_type", "constant")  # fmt: skip
+    assert read_record(new_run / "dense-instruct")["results"]["rows_seen"] == 9
+    with pytest.raises(InputError, match="rows_of_task: unknown task 'fbp'. Did you mean 'fpb'"):
+        instruct_tune(new_run, "dense", "--rows_of_task", '{"fbp": 3}')

@@ -59,8 +59,6 @@ def cost_table(comparison: Comparison, found: Results) -> str:
         if not (results := found.get(contestant.name)):
             continue
         size, tuning = results[0]["parameters"], results[0]["tuning"] or {}
-        steps = comparison.teams.get(contestant.start.split("/")[0])
-        first = (steps.trunk_steps + 3 * steps.expert_steps) if steps else 0
         seconds = [result["tuning"]["seconds"] for result in results if result["tuning"]]
         known = [value for value in seconds if value is not None]
         rows.append(
@@ -68,12 +66,20 @@ def cost_table(comparison: Comparison, found: Results) -> str:
                 contestant.title,
                 *(f"{size[key] / 1e6:.0f}M" for key in ("total", "active")),
                 f"{tuning['trainable_parameters'] / 1e6:.1f}M" if tuning else "",
-                str(first or ""),
+                f"{results[0]['tokens_before_tuning']:,}",
                 f"{tuning['train_tokens']:,}" if tuning else "",
                 f"{np.mean(known) / 60:.1f}" if known else "",
             ]
         )
-    header = ["", "parameters", "active", "trained in tuning", "steps before", "tuning tokens", "minutes of tuning"]
+    header = [
+        "",
+        "parameters",
+        "active",
+        "trained in tuning",
+        "corpus tokens before",
+        "tuning tokens",
+        "minutes of tuning",
+    ]
     return table(header, rows)
 
 
@@ -98,10 +104,15 @@ def perplexity_table(comparison: Comparison, perplexity: dict[str, Any]) -> str:
     rows = []
     for name, part in perplexity.items():
         losses = [part["nats"][role] for role in roles]
-        steps = part["steps"]
-        described = f"{steps['trunk_steps']} + 3 × {steps['expert_steps']}" if steps else ""
-        rows.append([f"`{name}`", described, *(f"{math.exp(loss):.2f}" for loss in losses), f"{np.mean(losses):.3f}"])
-    return table(["start", "steps: trunk + experts", *roles, "mean nats a token"], rows)
+        rows.append(
+            [
+                f"`{name}`",
+                f"{part['tokens']:,}",
+                *(f"{math.exp(loss):.2f}" for loss in losses),
+                f"{np.mean(losses):.3f}",
+            ]
+        )
+    return table(["start", "corpus tokens", *roles, "mean nats a token"], rows)
 
 
 def label_table(comparison: Comparison, found: Results) -> str:

@@ -29,7 +29,7 @@ def task_file(data_dir: Path, task: str, split: str) -> Path:
 
 def read_corpus(data_dir: Path, role: str, *, heldout: bool = False) -> list[str]:
     """The passages of one role's corpus."""
-    return [row["text"] for row in _read_rows(corpus_file(data_dir, role, heldout=heldout), ("text", "source"))]
+    return [row["text"] for row in read_rows(corpus_file(data_dir, role, heldout=heldout), ("text", "source"))]
 
 
 def evenly_spread(passages: list[str], count: int) -> list[str]:
@@ -49,7 +49,7 @@ def read_task(data_dir: Path, task: str, split: str) -> list[dict[str, str]]:
     from_train = split == "valid" and not path.is_file()
     if from_train:
         path = task_file(data_dir, task, "train")
-    rows = _read_rows(path, ("text", "label"))
+    rows = read_rows(path, ("text", "label"))
     labels = TASKS[task].labels
     for line, row in enumerate(rows, start=1):
         if row["label"] not in labels:
@@ -96,7 +96,16 @@ def tuning_rows(
     return rows
 
 
-def _read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write JSON lines so that `path` is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a file of JSON lines; an `InputError` names the line that has no text in one of `columns`."""
     if not path.is_file():
         raise InputError(
             f"{path} does not exist. A data directory has corpora/ROLE.jsonl, corpora/ROLE_heldout.jsonl, "
@@ -125,7 +134,7 @@ def _read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def _check_not_in_train(path: Path, rows: list[dict[str, str]], data_dir: Path, task: str) -> None:
     train_path = task_file(data_dir, task, "train")
-    train_lines = {text_key(row): line for line, row in enumerate(_read_rows(train_path, ("text",)), start=1)}
+    train_lines = {text_key(row): line for line, row in enumerate(read_rows(train_path, ("text",)), start=1)}
     for line, row in enumerate(rows, start=1):
         if train_line := train_lines.get(text_key(row)):
             raise InputError(

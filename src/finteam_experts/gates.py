@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finteam_experts.errors import InputError
-from finteam_experts.models import weight_files
+from finteam_experts.models import stored_tensors, weight_files
 
 GATES = "gates"  # the folder inside a MoE's that keeps the gates it was merged with and fitted with
 _GATE = "model.layers.{}.mlp.gate.weight"
@@ -38,11 +37,7 @@ def set_gates(model: torch.nn.Module, gates: torch.Tensor) -> None:
 
 def read_gates(folder: Path) -> torch.Tensor:
     """All gates of the MoE in `folder`, as mergekit wrote it, in fp32."""
-    found = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            gates = [name for name in tensors.keys() if name.endswith(".mlp.gate.weight")]  # noqa: SIM118 (not a dict)
-            found |= {name: tensors.get_tensor(name) for name in gates}
+    found = dict(stored_tensors(folder, lambda name: name.endswith(".mlp.gate.weight")))
     return torch.stack([found[_GATE.format(layer)] for layer in range(len(found))]).float()
 
 

@@ -2,17 +2,19 @@
 """Model folders: finding and checking a dense base, telling two bases apart, and merging a LoRA into its model."""
 
 import hashlib
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from finteam_experts.errors import InputError
 from finteam_experts.release import COMPANION_FILES, save_release
+from finteam_experts.split_experts import fuse_experts, split_experts
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # what becomes the experts of the MoE
 SUPPORTED_TYPES = ("llama", "mistral")
@@ -104,6 +106,21 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def stored_tensors(
+    folder: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model folder by name, one at a time and without their model, if their name is `wanted`."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in filter(wanted, tensors.keys()):
+                yield name, tensors.get_tensor(name)
+
+
+def adapts_split_experts(config: PretrainedConfig, target_modules: Collection[str] | None) -> bool:
+    """Whether a LoRA on modules of these names is meant for an MoE's experts as linear layers."""
+    return config.model_type == "mixtral" and not set(MLP_MODULES).isdisjoint(target_modules or ())
+
+
 @torch.no_grad()
 def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> float:
     """Merge a LoRA adapter into its model in fp32, save the result to `target` in the model's dtype and in the release layout.
@@ -112,7 +129,10 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
     Raises `InputError` if it exceeds 1e-3: then the adapter has parts that a merge can't take over.
     """
     stored_dtype = AutoConfig.from_pretrained(model_folder).dtype or torch.float32
-    adapted = PeftModel.from_pretrained(load_model(model_folder, torch.float32), adapter_folder).eval()
+    model = load_model(model_folder, torch.float32)
+    if split := adapts_split_experts(model.config, PeftConfig.from_pretrained(adapter_folder).target_modules):
+        split_experts(model)
+    adapted = PeftModel.from_pretrained(model, adapter_folder).eval()
     probe = torch.arange(5, 37).remainder(adapted.config.vocab_size)[None]
     with_adapter = adapted(probe).logits
     merged = adapted.merge_and_unload()
@@ -121,6 +141,8 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
         raise InputError(
             f"{adapter_folder}: merged and adapter logits differ by {difference:.1e} of the largest logit."
         )
+    if split:
+        fuse_experts(merged)
     save_release(merged.to(stored_dtype), model_folder, target)
     return difference
 

@@ -113,9 +113,11 @@ def greedy_answers(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, max_new_tokens: int = 8
 ) -> list[str]:
     """What the model writes in reply to each user message, always taking the likeliest token."""
-    encoded = tokenizer.apply_chat_template([chat(prompt) for prompt in prompts], add_generation_prompt=True)
+    if not prompts:  # which the chat template refuses
+        return []
+    chats = [chat(prompt) for prompt in prompts]
+    sequences = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
     answers = [""] * len(prompts)
-    sequences = encoded["input_ids"] if prompts else []
     for rows, batch in padded_batches(sequences, tokenizer, title="answers", padding_side="left"):
         batch = batch.to(model.device)
         output = model.generate(

@@ -2,6 +2,7 @@
 """The models that a comparison's contestants start from: a base, and teams with all that is derived from them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from finteam_experts import runs
 from finteam_experts.comparison import Comparison
 from finteam_experts.data import corpus_file
 from finteam_experts.errors import InputError
-from finteam_experts.gates import load_gates, random_gates, set_gates
+from finteam_experts.gates import get_gates, load_gates, random_gates, set_gates
 from finteam_experts.merge_config import MERGE_FILE, SHARED, read_merge_config, trained_roles
 from finteam_experts.models import fingerprint, load_model, local_folder, weight_average
 from finteam_experts.release import save_release
@@ -57,6 +58,18 @@ class Starts:
         runs.require(folder / part, "none: it is no folder of a team's run")
         return folder / part
 
+    def tokens(self, name: str) -> int:
+        """How many tokens of the corpora the start called `name` has seen, in all its experts together."""
+        team_name, _, part = name.partition("/")
+        if team_name == "base":
+            return 0
+        folder, team = self.comparison.run_dir / team_name, self.comparison.teams[team_name]
+        made = [folder / "trunk"] if team.trunk_steps else []
+        if part.split("/")[0] != "trunk":
+            roles = [part.split("/")[1]] if part.startswith("experts/") else self.roles
+            made += [folder / "adapters" / role for role in roles]
+        return sum(runs.read_record(step_folder)["results"]["train_tokens"] for step_folder in made)
+
     def _train(self, name: str, folder: Path) -> Path:
         """Trunk, experts, merge and router of one team; returns what its experts branch off from."""
         team, recipe = self.comparison.teams[name], self.comparison.expert_recipe
@@ -88,30 +101,33 @@ class Starts:
         return base
 
     def _derive(self, folder: Path, part: str) -> None:
-        """The weight average of a team's experts, or its MoE with other gates or more experts a token."""
+        """The weight average of a team's experts, or its MoE changed as the words behind `moe-` say."""
         moe = folder / "moe"
         work = runs.begin(folder / part, "compare", {"moe": fingerprint(moe)})
         if work is None:
             return
         if part == "average":
-            source = folder / "experts" / self.roles[0]
-            model, about = weight_average([folder / "experts" / role for role in self.roles]), {}
-        else:
-            source, model = moe, load_model(moe)
-            gates = load_gates(moe, "hidden")
-            if part == "moe-hidden":
-                set_gates(model, gates)
-            elif part == "moe-random":
-                set_gates(model, random_gates(gates.shape, seed=0))
-            elif part in (known := [f"moe-top{count}" for count in range(1, len(self.roles) + 1)]):
-                model.config.num_experts_per_tok = known.index(part) + 1
+            experts = [folder / "experts" / role for role in self.roles]
+            save_release(weight_average(experts), experts[0], work)
+            runs.finish(folder / part, {})
+            return
+        record, model = runs.read_record(moe), load_model(moe)
+        for word in part.split("-")[1:]:
+            change, number = re.fullmatch(r"([a-z]+)([0-9.]*)", word).groups()
+            if word == "hidden":
+                set_gates(model, load_gates(moe, "hidden"))
+            elif word == "random":
+                set_gates(model, random_gates(get_gates(model).shape, seed=0))
+            elif change == "scale" and number:
+                set_gates(model, get_gates(model) * (float(number) / record["router"]["results"]["scale"]))
+            elif change == "top" and number:
+                model.config.num_experts_per_tok = int(number)
             else:
-                raise InputError(f"'{part}' is none of average, moe-hidden, moe-random, {', '.join(known)}.")
-            about = {
-                key: value for key, value in runs.read_record(moe).items() if key in ("team", "system_prompt", "tasks")
-            }
-        save_release(model, source, work)
-        runs.finish(folder / part, about)
+                raise InputError(
+                    f"'{part}': a start may be moe-hidden, moe-random, moe-scaleX or moe-topN, found '{word}'."
+                )
+        save_release(model, moe, work)
+        runs.finish(folder / part, {key: record[key] for key in ("team", "system_prompt", "tasks") if key in record})
 
 
 def options_of(key: str, value: Any) -> list[str]:

@@ -15,16 +15,24 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, nearest
-from finteam_experts.models import merge_adapter, weight_files
+from finteam_experts.models import adapts_split_experts, merge_adapter, weight_files
 from finteam_experts.release import COMPANION_FILES
 from finteam_experts.sft import CompactHeadSFTTrainer
+from finteam_experts.split_experts import split_experts
 
 ADAPTER = "adapter"  # where a step that ends with a merged model keeps its adapter until then
 _COMPLETE = "checkpoint_is_complete"
@@ -121,13 +129,18 @@ def train_lora(
         torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
     set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
     training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto", **(training_args.model_init_kwargs or {})}
+    model = str(model_folder)
+    if adapts_split_experts(AutoConfig.from_pretrained(model_folder), model_args.lora_target_modules):
+        model = AutoModelForCausalLM.from_pretrained(model_folder, **training_args.model_init_kwargs)
+        split_experts(model)
+        training_args.model_init_kwargs = None  # they are for a model that the trainer loads
     training_args.output_dir = str(work)
     training_args.include_num_input_tokens_seen = "all"  # unlike TRL's own count, it survives a resume
     # The trainer deletes the oldest before the newest is marked complete: keep one more than the newest.
     training_args.save_total_limit = max(training_args.save_total_limit or 2, 2)
     checkpoint = _last_complete_checkpoint(work)
     trainer = CompactHeadSFTTrainer(
-        model=str(model_folder),
+        model=model,
         args=training_args,
         train_dataset=dataset,
         processing_class=tokenizer,

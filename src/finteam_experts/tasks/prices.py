@@ -16,7 +16,7 @@ def compact_prices(text: str) -> str:
     if header.strip() != HEADER:
         return text
     days = []
-    while lines and len(numbers := lines[0].split(",")) == len(HEADER.split(",")):
+    while lines and len(numbers := lines[0].split(",")) == len(HEADER.split(",")) and ":" not in numbers[0]:
         days.append(numbers)
         lines.pop(0)
     if not days:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Mixtral whose experts are plain linear layers for as long as it is trained.
+
+transformers keeps the experts of a layer in two fused tensors. PEFT adapts such a tensor by adding the product of its LoRA to
+it before every use, so that the backward pass computes the gradient of the whole tensor, as full tuning would. Linear layers
+take a LoRA as it is meant: the forward pass adds a small product, and no gradient of a frozen weight is computed.
+"""
+
+import torch
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+# Tokens of an expert are filled up to a multiple of this. A CPU compiles a kernel for every new shape in bfloat16, and the
+# router gives each expert of each layer another number of tokens at every step: a third of the time went into that.
+ROWS = 32
+
+
+class SplitExperts(nn.Module):
+    """The experts of one layer, with the interface of the fused module that it is made from and shares its memory with."""
+
+    def __init__(self, fused: MixtralExperts) -> None:
+        super().__init__()
+        self.fused = [fused]  # in a list, so that its tensors are no parameters of this module
+        self.act_fn = fused.act_fn
+        self.experts = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "gate_proj": _linear(gate_up[: len(gate_up) // 2]),
+                    "up_proj": _linear(gate_up[len(gate_up) // 2 :]),
+                    "down_proj": _linear(down),
+                }
+            )
+            for gate_up, down in zip(fused.gate_up_proj.data, fused.down_proj.data, strict=True)
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Mix the chosen experts' outputs: `hidden_states` [tokens, hidden], the others [tokens, experts a token]."""
+        mixed = torch.zeros_like(hidden_states)
+        for place, expert in enumerate(self.experts):
+            token, choice = torch.where(top_k_index == place)
+            if not len(token) and not self.training:  # while training, every process has to use the same parameters
+                continue
+            own = nn.functional.pad(hidden_states[token], (0, 0, 0, -len(token) % ROWS))
+            own = expert["down_proj"](self.act_fn(expert["gate_proj"](own)) * expert["up_proj"](own))[: len(token)]
+            mixed = mixed.index_add(0, token, (own * top_k_weights[token, choice, None]).to(mixed.dtype))
+        return mixed
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def split_experts(model: nn.Module) -> None:
+    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model."""
+    for layer in model.model.layers:
+        layer.mlp.experts = SplitExperts(layer.mlp.experts)
+
+
+@torch.no_grad()
+def fuse_experts(model: nn.Module) -> None:
+    """Undo `split_experts`, with the weights as they are now."""
+    for layer in model.model.layers:
+        split = layer.mlp.experts
+        fused = split.fused[0]
+        for place, expert in enumerate(split.experts):
+            fused.gate_up_proj[place] = torch.cat([expert["gate_proj"].weight, expert["up_proj"].weight])
+            fused.down_proj[place] = expert["down_proj"].weight
+        layer.mlp.experts = fused
