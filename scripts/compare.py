@@ -101,16 +101,17 @@ def score(
 def play(comparison: Comparison, starts: Starts, contestant: Contestant, seed: int) -> None:
     """Tune and score one contestant with one seed, and write its result file.
 
-    Levers are chosen on validation rows, so only contestants are scored on test rows.
+    Levers are chosen on validation rows: they are not scored on test rows, and what they are compared with is scored on both.
     """
     start = starts.start(contestant.start)
     folder = comparison.run_dir / "runs" / f"{contestant.name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     model, tuning = tune(comparison, starts, contestant, seed, start, folder)
     scored = {}
-    if seed == contestant.seeds[0]:
+    is_lever = contestant in comparison.levers
+    if is_lever or (seed == contestant.seeds[0] and contestant.name in (comparison.team, *comparison.baselines)):
         scored["valid"] = score(comparison, starts, "valid", start, folder, model)
-    if contestant in comparison.contestants:
+    if not is_lever:
         scored["test"] = score(comparison, starts, "test", start, folder, model)
     cuda = torch.cuda.is_available()
     result = {

@@ -10,9 +10,13 @@ import yaml
 from trl import SFTConfig
 
 from conftest import REPOSITORY, load_script, shell
+from finteam_experts.comparison import read_comparison
 from finteam_experts.training import BaseModelConfig, parse
 
-RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
+COMPARISONS = sorted((REPOSITORY / "recipes").rglob("comparison.yaml"))
+RECIPES = sorted(
+    {*(REPOSITORY / "recipes").rglob("*.yaml")} - {*COMPARISONS} - {*REPOSITORY.glob("recipes/accelerate/*")}
+)
 DOCUMENTS = [
     REPOSITORY / name for name in ("README.md", "recipes/README.md", "scripts/quickstart.sh", "moe_merge.yaml")
 ]
@@ -32,6 +36,24 @@ def test_recipe_parses_strictly_with_its_own_script(recipe, monkeypatch):
         value = [] if (key, value) == ("report_to", "none") else value  # how transformers keeps it
         assert value in [getattr(group, key) for group in parsed if key in vars(group)], key
     assert f"--config {recipe.relative_to(REPOSITORY)}" in recipe.read_text()
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
+def test_comparison_names_recipes_that_are_there(path):
+    comparison = read_comparison(path)
+    named = {comparison.expert_recipe, comparison.accelerate_config}
+    named |= {contestant.recipe for contestant in (*comparison.contestants, *comparison.levers) if contestant.recipe}
+    assert all((REPOSITORY / name).is_file() for name in named)
+    assert f"scripts/compare.py --config {path.relative_to(REPOSITORY)}" in path.read_text()
+
+
+def test_team_and_dense_model_of_the_comparison_are_tuned_alike():
+    moe, dense = (
+        yaml.safe_load((REPOSITORY / f"recipes/smollm2-135m/instruct_tune_{name}.yaml").read_text())
+        for name in ("moe", "dense")
+    )
+    different = {key for key in moe | dense if moe.get(key) != dense.get(key)}
+    assert different == {"start_from", "router_aux_loss_coef", "routing_steps", "routing_passages"}
 
 
 def test_recipes_of_one_script_differ_where_they_must():

@@ -2,6 +2,7 @@
 """Step 4: the scores are lm-eval's and scikit-learn's, the report is complete, and it resumes model by model."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -154,10 +155,10 @@ def test_interrupted_evaluation_keeps_finished_models(copied_run, capsys, monkey
     script = conftest.load_script("scripts/evaluate.py")
     original = script.evaluate_model
 
-    def stop_at_moe(folder, *args):
+    def stop_at_moe(folder, *args, **options):
         if folder.name == "moe":
             raise KeyboardInterrupt
-        return original(folder, *args)
+        return original(folder, *args, **options)
 
     monkeypatch.setattr(script, "evaluate_model", stop_at_moe)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run_dir", str(copied_run), "--limit", "6"])
@@ -177,3 +178,14 @@ def test_model_that_is_not_there(copied_run):
         evaluate(copied_run)
     with pytest.raises(InputError, match="--limit 1: a standard error needs"):
         evaluate(copied_run, "--limit", 1)
+
+
+def test_benchmark_compares_with_lm_eval(done_run, capsys):
+    call("scripts/benchmark_evaluation.py", "--model", done_run / "dense-instruct", "--data_dir", done_run / "data",
+         "--limit", 6, "--rounds", 1)  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "24 rows: " in printed
+    assert float(re.search(r"log-likelihood: (\S+) nats", printed)[1]) < 1e-3
+    for task in TASKS:
+        ours, plain = re.search(rf"^{task}: accuracy (\S+), lm-eval (\S+)$", printed, flags=re.M).groups()
+        assert ours == plain

@@ -2,11 +2,16 @@
 """Experts as linear layers: the same function, the same gradients, and back again without a trace."""
 
 import copy
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from conftest import REPOSITORY, SHORT, call
 from finteam_experts.models import load_model
+from finteam_experts.runs import read_record
+from finteam_experts.sft import CompactHeadSFTTrainer
 from finteam_experts.split_experts import fuse_experts, split_experts
 
 
@@ -74,3 +79,46 @@ def test_an_expert_that_no_token_chose_still_takes_part_in_the_backward_pass(mod
     unused = split.model.layers[0].mlp.experts.experts[2]["down_proj"].weight.grad
     assert unused is not None
     assert not unused.any()
+
+
+def tune(run_dir, *arguments):
+    recipe = REPOSITORY / "recipes/smollm2-135m/instruct_tune_moe.yaml"
+    call("recipes/instruct_tune.py", "--config", recipe, "--run_dir", run_dir, *SHORT, "--rows_per_task", 8,
+         "--rows_of_task", "{}", "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}", "--bf16", False,
+         "--dtype", "float32", *arguments)  # fmt: skip
+
+
+def test_tuning_split_experts_ends_with_a_fused_model(copied_run):
+    shutil.rmtree(copied_run / "moe-instruct")
+    tune(copied_run)
+    before, after = (dict(load_model(copied_run / name).state_dict()) for name in ("moe", "moe-instruct"))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) != ("self_attn" in name or ".mlp.experts." in name), name
+    results = read_record(copied_run / "moe-instruct")["results"]
+    assert results["logit_difference"] < 1e-4  # of the adapted, split model and the merged one
+    rank, layers, hidden, inner, experts = 4, 2, 32, 48, 3
+    mlp = 3 * rank * (hidden + inner)
+    attention = rank * (2 * (hidden + hidden) + 2 * (hidden + hidden // 2))
+    assert results["trainable_parameters"] == layers * (experts * mlp + attention)
+
+
+def test_interrupted_tuning_of_split_experts_resumes_to_the_same_weights(copied_run, tmp_path, monkeypatch):
+    shutil.rmtree(copied_run / "moe-instruct")
+    straight = shutil.copytree(copied_run, tmp_path / "straight")
+    tune(straight)
+
+    original = CompactHeadSFTTrainer.save_model
+
+    def save_until_step_two(trainer, *arguments, **options):
+        if trainer.state.global_step > 2:
+            raise KeyboardInterrupt
+        return original(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CompactHeadSFTTrainer, "save_model", save_until_step_two)
+        with pytest.raises(KeyboardInterrupt):
+            tune(copied_run)
+    tune(copied_run)
+    expected, resumed = (load_file(run / "moe-instruct/model.safetensors") for run in (straight, copied_run))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)

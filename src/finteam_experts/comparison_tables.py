@@ -143,11 +143,11 @@ def label_table(comparison: Comparison, found: Results) -> str:
 
 
 def lever_table(comparison: Comparison, found: Results) -> str:
-    """Main scores on validation rows of the first seed of everything that was tuned, levers last."""
+    """Main scores on validation rows of everything that was scored on them, levers last."""
     rows = []
     for contestant in (*comparison.contestants, *comparison.levers):
-        tuned = contestant.recipe or contestant in comparison.levers
-        if tuned and (results := found.get(contestant.name)):
+        results = [result for result in found.get(contestant.name, ()) if "valid" in result]
+        if results:
             rows.append([contestant.title, *map(_cell, main_scores(results, "valid").values())])
     return table(["tried", *_task_header(), "average"], rows)
 
@@ -213,6 +213,7 @@ def plot(comparison: Comparison, found: Results, summary: dict[str, Any], path: 
             axis.axvline(value, color="black", linestyle=style, linewidth=1, label=name)
         title = "average" if column == "average" else f"{TASKS[column].title}\n{SCORES[TASKS[column].main_score]}"
         axis.set(title=title)
+        axis.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(range(len(contestants)), [contestant.title for contestant in reversed(contestants)])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
