@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 from finteam_experts.data import rows_to_score
 from finteam_experts.errors import run
-from finteam_experts.models import load_model, load_tokenizer
+from finteam_experts.models import load_model, load_tokenizer, local_folder
 from finteam_experts.scoring import LabelScoringLM, run_lm_eval
 from finteam_experts.tasks import TASKS, render
 
@@ -37,13 +37,14 @@ def label_scores(output: dict) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("outputs/quickstart/dense-instruct"), help="model folder")
+    parser.add_argument("--model", default="outputs/quickstart/dense-instruct", help="model: folder or Hub id")
     parser.add_argument("--data_dir", type=Path, default=Path("outputs/quickstart/data"))
     parser.add_argument("--limit", type=int, default=60, help="test rows a task")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
 
-    model, tokenizer = load_model(args.model).to(PartialState().device), load_tokenizer(args.model)
+    folder = local_folder(args.model)
+    model, tokenizer = load_model(folder).to(PartialState().device), load_tokenizer(folder)
     rows = {task: rows_to_score(args.data_dir, task, "test", args.limit) for task in TASKS}
     prompts = {task: [render(TASKS[task], row, tokenizer) for row in own] for task, own in rows.items()}
     answers = {task: [row["label"] for row in own] for task, own in rows.items()}
