@@ -20,8 +20,8 @@ from trl import SFTConfig, SFTTrainer
 
 from finteam_experts import runs
 from finteam_experts.batches import encode
-from finteam_experts.data import read_corpus, read_task, task_file, tuning_rows
-from finteam_experts.errors import InputError, nearest, run
+from finteam_experts.data import read_corpus, read_task, row_limits, task_file, tuning_rows
+from finteam_experts.errors import run
 from finteam_experts.models import (
     check_base,
     fingerprint,
@@ -56,18 +56,18 @@ class TuneArguments(RunArguments):
     hold_out_validation: bool = field(
         default=False, metadata={"help": "Leave out the train rows that evaluate.py --split valid scores."}
     )
+    experts_at_once: int | None = field(
+        default=None,
+        metadata={"help": "Train so many experts of a layer in each step, drawn anew each time; evaluation uses all."},
+    )
     routing_steps: int = field(
         default=100, metadata={"help": "Measure the MoE's routing of held-out text every so many steps; 0: never."}
     )
     routing_passages: int = field(default=8, metadata={"help": "Held-out passages a role for that, 96 tokens each."})
 
     def limits(self) -> dict[str, int | None]:
-        """The most train rows to take of each task; `InputError` for a task that is unknown."""
-        own = json.loads(self.rows_of_task) if isinstance(self.rows_of_task, str) else self.rows_of_task or {}
-        for name in own:
-            if name not in TASKS:
-                raise InputError(f"rows_of_task: unknown task '{name}'.{nearest(name, TASKS)}")
-        return {name: own.get(name, self.rows_per_task) for name in TASKS}
+        of_task = self.rows_of_task
+        return row_limits(self.rows_per_task, json.loads(of_task) if isinstance(of_task, str) else of_task)
 
 
 def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, args: TuneArguments) -> Dataset:
@@ -120,7 +120,16 @@ def main() -> None:
         return
     runs.check_disk_room(target, 2 * sum(file.stat().st_size for file in weight_files(start)))
 
-    trainer = train_lora(start, dataset, tokenizer, training_args, model_args, work, callback_of)
+    trainer = train_lora(
+        start,
+        dataset,
+        tokenizer,
+        training_args,
+        model_args,
+        work,
+        callback_of,
+        experts_at_once=script_args.experts_at_once,
+    )
     trainable, total = trainer.model.get_nb_trainable_parameters()
     trainer.save_model(str(work / ADAPTER))
     results = {

@@ -59,15 +59,9 @@ def tune(
         return place, None
     model = folder / ("dense-instruct" if dense else "moe-instruct")
     began, fresh = time.monotonic(), not model.exists() and not runs.work_folder(model).exists()
-    arguments = (
-        "--config",
-        contestant.recipe,
-        "--run_dir",
-        folder,
-        "--seed",
-        seed,
-        *(("--base", start) if dense else ()),
-    )
+    arguments = ["--config", contestant.recipe, "--run_dir", folder, "--seed", seed]
+    if dense:
+        arguments += ["--base", start]
     starts.launch("recipes/instruct_tune.py", *arguments, overrides={**comparison.overrides, **contestant.overrides})
     results = runs.read_record(model)["results"]
     tuning = {

@@ -26,14 +26,15 @@ from transformers import PreTrainedTokenizerBase
 from finteam_experts import runs
 from finteam_experts.data import rows_to_score, task_file
 from finteam_experts.errors import InputError, run
-from finteam_experts.metrics import confusion, scores, scores_with_errors
+from finteam_experts.metrics import confusion, difference_on_rows, scores, scores_with_errors
 from finteam_experts.models import fingerprint, load_model, load_tokenizer, local_folder
 from finteam_experts.routing import expert_shares
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers, run_lm_eval
 from finteam_experts.split_experts import split_experts
 from finteam_experts.tasks import TASKS, chat, render
 
-MODELS = ("base", "dense-instruct", "moe", "moe-instruct")
+TEAM, DENSE = "moe-instruct", "dense-instruct"
+MODELS = ("base", DENSE, "moe", TEAM)
 ROUTING_ROWS = 8  # prompts a task whose routing is looked at
 
 
@@ -64,10 +65,13 @@ def evaluate_model(
 
 def _task_report(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
     labels = TASKS[task].labels
-    predicted = np.array([np.argmax([score for score, _ in sample["filtered_resps"]]) for sample in samples])
+    scored = torch.tensor([[score for score, _ in sample["filtered_resps"]] for sample in samples], dtype=torch.double)
+    predicted = scored.argmax(-1).numpy()
     true = np.array([labels.index(sample["doc"]["label"]) for sample in samples])
     return {
         "n": len(samples),
+        # nats, of the true label among the task's: it moves before any prediction does
+        "label_loss": torch.nn.functional.cross_entropy(scored, torch.from_numpy(true)).item(),
         **scores_with_errors(true, predicted, len(labels)),
         "predicted": {label: int((predicted == position).sum()) for position, label in enumerate(labels)},
         "predictions": [labels[position] for position in predicted],
@@ -118,6 +122,20 @@ def majority(rows: dict[str, list[dict[str, str]]]) -> dict[str, dict[str, Any]]
     return result
 
 
+def differences(models: dict[str, Any], rows: dict[str, list[dict[str, str]]]) -> dict[str, dict[str, Any]]:
+    """How far the tuned team lies above the dense model tuned on the same rows, with 95 % intervals."""
+    if not {TEAM, DENSE} <= set(models):
+        return {}
+    predictions = {
+        name: {
+            task: np.array([[TASKS[task].labels.index(label) for label in result["predictions"]]])
+            for task, result in models[name]["tasks"].items()
+        }
+        for name in (TEAM, DENSE)
+    }
+    return {f"{TEAM} − {DENSE}": difference_on_rows(rows, predictions[TEAM], predictions[DENSE])}
+
+
 def print_table(report: dict[str, Any]) -> None:
     """Print one row a model: accuracy, macro-F1 and MCC of each task, accuracy with its standard error."""
     table = Table(title="Evaluation: accuracy ± standard error / macro-F1 / MCC, rows in brackets")
@@ -133,6 +151,9 @@ def print_table(report: dict[str, Any]) -> None:
         ]
         table.add_row(name, *cells)
     Console(width=None if os.isatty(1) else 170).print(table)
+    for name, part in report["differences"].items():
+        cells = [f"{task} {d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for task, d in part.items()]
+        print(f"{name}, main scores with 95 % intervals: {'; '.join(cells)}")
     for name, part in report["models"].items():
         for task, shares in part.get("routing", {}).items():
             print(
@@ -204,7 +225,7 @@ def main() -> None:
         print(f"Evaluating {name}")
         runs.write_json(part, evaluate_model(folder, load_tokenizer(folder), rows, work, bf16=args.bf16))
     models = {name: json.loads((work / f"{name}.json").read_text()) for name in folders}
-    report = {"majority": majority(rows), "models": models}
+    report = {"majority": majority(rows), "models": models, "differences": differences(models, rows)}
     plot(report, target.with_suffix(".png"))
     runs.finish_report(target, report)
     print_table(report)

@@ -20,10 +20,10 @@ import yaml
 from finteam_experts import runs
 from finteam_experts.comparison import Comparison, read_comparison, read_results
 from finteam_experts.comparison_tables import plot, render_all, render_short
-from finteam_experts.data import read_task, rows_to_score, task_file, text_key, tuning_rows
+from finteam_experts.data import read_task, row_limits, rows_to_score, task_file, tuning_rows
 from finteam_experts.errors import InputError, run
 from finteam_experts.floors import bag_of_words_predictions, majority_predictions
-from finteam_experts.metrics import paired_difference, scores_with_errors
+from finteam_experts.metrics import difference_on_rows, scores_with_errors
 from finteam_experts.tasks import TASKS
 
 README = Path("README.md")
@@ -52,7 +52,7 @@ def labels_of(comparison: Comparison, data: Path, found: dict[str, list[dict]]) 
 def floors(comparison: Comparison, data: Path, rows: dict[str, list[dict[str, str]]]) -> dict[str, dict[str, Any]]:
     """Scores of the majority class and of a bag of words, trained on the tuning rows of seed 0 or on all of train."""
     recipe = yaml.safe_load(Path(next(c.recipe for c in comparison.contestants if c.recipe)).read_text())
-    limits = {task: recipe.get("rows_of_task", {}).get(task, recipe.get("rows_per_task")) for task in TASKS}
+    limits = row_limits(recipe.get("rows_per_task"), recipe.get("rows_of_task"))
     tuned_on = tuning_rows(data, 0, limits, hold_out=recipe.get("hold_out_validation", False))
     result: dict[str, dict[str, Any]] = {"majority": {}, "bag of words, same rows": {}, "bag of words, all rows": {}}
     for task, test in rows.items():
@@ -74,8 +74,6 @@ def differences(
     comparison: Comparison, found: dict[str, list[dict]], rows: dict[str, list[dict[str, str]]]
 ) -> dict[str, dict[str, Any]]:
     """Every contestant's difference to each baseline, with intervals."""
-    labels = {task: np.array([TASKS[task].labels.index(row["label"]) for row in own]) for task, own in rows.items()}
-    units = {task: np.unique([text_key(row) for row in own], return_inverse=True)[1] for task, own in rows.items()}
     predictions = {
         name: {
             task: np.array([list(map(int, result["test"]["tasks"][task]["predictions"])) for result in results])
@@ -83,11 +81,9 @@ def differences(
         }
         for name, results in found.items()
     }
-    classes = {task: len(TASKS[task].labels) for task in TASKS}
-    main_scores = {task: TASKS[task].main_score for task in TASKS}
     return {
         name: {
-            baseline: paired_difference(labels, units, own, predictions[baseline], classes, main_scores)
+            baseline: difference_on_rows(rows, own, predictions[baseline])
             for baseline in comparison.baselines
             if baseline in found and baseline != name
         }
@@ -131,7 +127,7 @@ def main() -> None:
     if not rest:
         raise InputError(f"{README} has no line {BEGIN.strip()}. Add it and {END} where the tables belong.")
     after = rest.partition(END)[2]
-    README.write_text(before + BEGIN + render_short(comparison, found, summary, perplexity) + END + after)
+    README.write_text(before + BEGIN + render_short(comparison, found, summary) + END + after)
     print(f"Written: {comparison.results}/README.md, {comparison.results}/comparison.png and the tables in {README}")
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -115,6 +116,26 @@ def test_generated_score_counts_the_first_label(done_run):
         generated = report["models"][name]["tasks"]["fpb"]["generated"]
         assert generated["without_label"] == found.count(None)
         assert generated["accuracy"] == np.mean([a == row["label"] for a, row in zip(found, rows, strict=True)])
+
+
+@torch.no_grad()
+def test_label_loss_is_the_cross_entropy_among_the_labels(done_run):
+    model, tokenizer = load_model(done_run / "dense-instruct"), load_tokenizer(done_run / "dense-instruct")
+    task, losses = TASKS["headlines"], []
+    for row in rows_to_score(done_run / "data", "headlines", "test", None):
+        prompt = tokenizer.apply_chat_template(
+            chat(render(task, row, tokenizer)), add_generation_prompt=True, tokenize=False
+        )
+        start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        scores = []
+        for label in task.labels:
+            answer = tokenizer(label, add_special_tokens=False)["input_ids"]
+            log_probs = model(torch.tensor([start + answer])).logits[0, len(start) - 1 : -1].log_softmax(-1)
+            scores.append(log_probs.gather(1, torch.tensor(answer)[:, None]).sum())
+        losses.append(-torch.stack(scores).log_softmax(0)[task.labels.index(row["label"])])
+    report = json.loads((done_run / "reports/evaluation.json").read_text())
+    found = report["models"]["dense-instruct"]["tasks"]["headlines"]["label_loss"]
+    assert found == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
 
 
 def test_report(done_run):

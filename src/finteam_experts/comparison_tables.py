@@ -152,7 +152,7 @@ def lever_table(comparison: Comparison, found: Results) -> str:
     return table(["tried", *_task_header(), "average"], rows)
 
 
-def render_short(comparison: Comparison, found: Results, summary: dict[str, Any], perplexity: dict[str, Any]) -> str:
+def render_short(comparison: Comparison, found: Results, summary: dict[str, Any]) -> str:
     """The comparison's part of the repository's README."""
     return "\n".join(
         [

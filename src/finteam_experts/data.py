@@ -77,6 +77,15 @@ def held_out(data_dir: Path, task: str, row: dict[str, str]) -> bool:
     return hashlib.sha256(text_key(row).encode()).digest()[0] % 10 == 0
 
 
+def row_limits(per_task: int | None, of_task: dict[str, int] | None) -> dict[str, int | None]:
+    """The most train rows to take of each task: `per_task`, unless `of_task` names it; `InputError` for unknown tasks."""
+    own = of_task or {}
+    for name in own:
+        if name not in TASKS:
+            raise InputError(f"rows_of_task: unknown task '{name}'.{nearest(name, TASKS)}")
+    return {name: own.get(name, per_task) for name in TASKS}
+
+
 def tuning_rows(
     data_dir: Path, seed: int, limits: dict[str, int | None], *, hold_out: bool
 ) -> list[tuple[str, dict[str, str]]]:

@@ -3,6 +3,9 @@
 
 import numpy as np
 
+from finteam_experts.data import text_key
+from finteam_experts.tasks import TASKS
+
 RESAMPLES = 2000
 
 
@@ -82,6 +85,21 @@ def paired_difference(
         low, high = np.percentile(drawn[task], (2.5, 97.5))
         found[task] = {"difference": float(value), "low": float(low), "high": float(high)}
     return found
+
+
+def difference_on_rows(
+    rows: dict[str, list[dict[str, str]]], ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """`paired_difference` on the scored `rows` of each task: `ours` and `theirs` [seeds, rows] are places in its labels."""
+    tasks = {name: TASKS[name] for name in rows}
+    return paired_difference(
+        {name: np.array([task.labels.index(row["label"]) for row in rows[name]]) for name, task in tasks.items()},
+        {name: np.unique([text_key(row) for row in own], return_inverse=True)[1] for name, own in rows.items()},
+        ours,
+        theirs,
+        {name: len(task.labels) for name, task in tasks.items()},
+        {name: task.main_score for name, task in tasks.items()},
+    )
 
 
 def _seed_weights(seeds: int, rng: np.random.Generator) -> np.ndarray:

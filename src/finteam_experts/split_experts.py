@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from finteam_experts.errors import InputError
+
 # Tokens of an expert are filled up to a multiple of this. A CPU compiles a kernel for every new shape in bfloat16, and the
 # router gives each expert of each layer another number of tokens at every step: a third of the time went into that.
 ROWS = 32
@@ -18,9 +20,10 @@ ROWS = 32
 class SplitExperts(nn.Module):
     """The experts of one layer, with the interface of the fused module that it is made from and shares its memory with."""
 
-    def __init__(self, fused: MixtralExperts) -> None:
+    def __init__(self, fused: MixtralExperts, at_once: int | None = None) -> None:
         super().__init__()
         self.fused = [fused]  # in a list, so that its tensors are no parameters of this module
+        self.at_once = at_once
         self.act_fn = fused.act_fn
         self.experts = nn.ModuleList(
             nn.ModuleDict(
@@ -38,8 +41,14 @@ class SplitExperts(nn.Module):
     ) -> torch.Tensor:
         """Mix the chosen experts' outputs: `hidden_states` [tokens, hidden], the others [tokens, experts a token]."""
         mixed = torch.zeros_like(hidden_states)
+        chosen = torch.ones_like(top_k_index, dtype=torch.bool)
+        if self.training and self.at_once:
+            drawn = torch.randperm(len(self.experts))[: self.at_once]
+            chosen = torch.isin(top_k_index, drawn.to(top_k_index.device))
+            top_k_weights = top_k_weights * chosen
+            top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
         for place, expert in enumerate(self.experts):
-            token, choice = torch.where(top_k_index == place)
+            token, choice = torch.where((top_k_index == place) & chosen)
             if not len(token) and not self.training:  # while training, every process has to use the same parameters
                 continue
             own = nn.functional.pad(hidden_states[token], (0, 0, 0, -len(token) % ROWS))
@@ -54,10 +63,22 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def split_experts(model: nn.Module) -> None:
-    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model."""
+def split_experts(model: nn.Module, *, at_once: int | None = None) -> None:
+    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model.
+
+    With `at_once`, training uses only so many experts of a layer in each step, drawn anew for every layer and step, with
+    their gates filled up to a sum of 1; evaluation uses all that the router chooses. It is the stochastic routing of AdaMix
+    (Wang et al. 2022, arXiv:2205.12410), in which each module learns to do without the others. A token
+    needs one of the drawn experts, so the router has to choose all of them: `InputError` otherwise.
+    """
+    used, experts = model.config.num_experts_per_tok, model.config.num_local_experts
+    if at_once is not None and not (1 <= at_once <= experts == used):
+        raise InputError(
+            f"experts_at_once: found {at_once}, for a model that uses {used} of {experts} experts a token. It is a number "
+            f"from 1 to {experts}, for a model whose tokens use all experts: merge it with experts_per_token: {experts}."
+        )
     for layer in model.model.layers:
-        layer.mlp.experts = SplitExperts(layer.mlp.experts)
+        layer.mlp.experts = SplitExperts(layer.mlp.experts, at_once)
 
 
 @torch.no_grad()

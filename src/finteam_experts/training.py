@@ -29,7 +29,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, nearest
-from finteam_experts.models import adapts_split_experts, merge_adapter, weight_files
+from finteam_experts.models import MLP_MODULES, adapts_split_experts, merge_adapter, weight_files
 from finteam_experts.release import COMPANION_FILES
 from finteam_experts.sft import CompactHeadSFTTrainer
 from finteam_experts.split_experts import split_experts
@@ -120,10 +120,11 @@ def train_lora(
     model_args: BaseModelConfig,
     work: Path,
     callback_of: Callable[[SFTTrainer], TrainerCallback] | None = None,
+    experts_at_once: int | None = None,
 ) -> SFTTrainer:
     """Train a LoRA on `dataset`, with checkpoints in `work`, from the last complete one if there is any.
 
-    `callback_of(trainer)` makes a callback that needs the trainer.
+    `callback_of(trainer)` makes a callback that needs the trainer; `experts_at_once` is for `split_experts`.
     """
     if training_args.use_cpu:  # `accelerate launch` leaves each process with one thread
         torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
@@ -132,8 +133,13 @@ def train_lora(
     model = str(model_folder)
     if adapts_split_experts(AutoConfig.from_pretrained(model_folder), model_args.lora_target_modules):
         model = AutoModelForCausalLM.from_pretrained(model_folder, **training_args.model_init_kwargs)
-        split_experts(model)
+        split_experts(model, at_once=experts_at_once)
         training_args.model_init_kwargs = None  # they are for a model that the trainer loads
+    elif experts_at_once is not None:
+        raise InputError(
+            f"experts_at_once is {experts_at_once}: it is for an MoE with a LoRA on its experts' matrices. Leave it out, or "
+            f"name {', '.join(MLP_MODULES)} in lora_target_modules."
+        )
     training_args.output_dir = str(work)
     training_args.include_num_input_tokens_seen = "all"  # unlike TRL's own count, it survives a resume
     # The trainer deletes the oldest before the newest is marked complete: keep one more than the newest.
