@@ -105,11 +105,16 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
     parser.add_argument("--tokens_per_role", type=int, default=4000, help="calibration tokens of each role")
     parser.add_argument("--ridge", type=float, default=0.03, help="penalty, as a share of the mean diagonal of X'X")
+    parser.add_argument(
+        "--scale", type=float, help="how sharply the gates mix (default: by the held-back text's loss)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which passages are drawn")
     parser.add_argument("--overwrite", action="store_true", help="replace a router fitted with other settings")
     args = parser.parse_args()
     if args.tokens_per_role < 256 or args.ridge <= 0:
         raise InputError("--tokens_per_role must be 256 or more, and --ridge above 0: a gate has as many unknowns.")
+    if args.scale is not None and args.scale <= 0:
+        raise InputError(f"--scale {args.scale:g}: at 0 all experts count alike, below it the wrong ones count most.")
 
     moe, data = args.run_dir / "moe", args.data_dir or args.run_dir / "data"
     record = runs.require(moe, "python scripts/merge_moe.py")
@@ -121,7 +126,8 @@ def main() -> None:
     inputs = {
         "corpora": {name: runs.file_hash(corpus_file(data, name)) for name in names},
         "tasks": {task.name: runs.file_hash(task_file(data, task.name, "train")) for task in own_tasks},
-        "settings": {"tokens_per_role": args.tokens_per_role, "ridge": args.ridge, "seed": args.seed},
+        "settings": {"tokens_per_role": args.tokens_per_role, "ridge": args.ridge, "seed": args.seed}
+        | ({} if args.scale is None else {"scale": args.scale}),
     }
     if record["router"]["kind"] == "fitted" and not args.overwrite:
         runs.check_same_inputs(
@@ -131,7 +137,7 @@ def main() -> None:
         return
 
     model = load_model(moe).to(PartialState().device)
-    gates, results = fit(model, tokenizer, [own for own, _ in text], [own for _, own in text], args.ridge)
+    gates, results = fit(model, tokenizer, [own for own, _ in text], [own for _, own in text], args.ridge, args.scale)
     del model  # room for the files below
     runs.check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
     with runs.changed_in_place(moe) as work:

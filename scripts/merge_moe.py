@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--base", help="dense base: Hub id or folder (default: RUN_DIR/base)")
     parser.add_argument("--merge_config", type=Path, default=MERGE_FILE, help="the team")
+    parser.add_argument("--experts_per_token", type=int, metavar="N", help="another number than the team's file has")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace experts and a MoE that were merged otherwise"
     )
@@ -123,6 +124,10 @@ def main() -> None:
 
     config = read_merge_config(args.merge_config)
     names = roles(config)
+    if args.experts_per_token is not None:
+        if not 1 <= args.experts_per_token <= len(names):
+            raise InputError(f"--experts_per_token {args.experts_per_token}: it must be 1 to {len(names)}.")
+        config = config.model_copy(update={"experts_per_token": args.experts_per_token})
     base = local_folder(args.base or str(args.run_dir / "base"))
     vocabulary = check_base(base).vocab_size
     if len(load_tokenizer(base)) > vocabulary:

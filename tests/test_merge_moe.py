@@ -133,6 +133,13 @@ def test_missing_adapter(unmerged):
         merge(unmerged)
 
 
+def test_another_number_of_experts_a_token(unmerged):
+    with pytest.raises(InputError, match="--experts_per_token 4: it must be 1 to 3"):
+        merge(unmerged, "--experts_per_token", 4)
+    merge(unmerged, "--experts_per_token", 3)
+    assert load_model(unmerged / "moe").config.num_experts_per_tok == 3
+
+
 def test_no_room_on_the_disk(unmerged, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(InputError, match="needs 0.0 GB, and its disk has 0.0 GB free"):

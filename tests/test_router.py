@@ -149,6 +149,16 @@ def test_fitting_replaces_the_gates_and_nothing_else(merged, heldout):
     assert str(results["scale"]) in json.dumps(results["loss_at_scale"])
 
 
+def test_a_given_scale_is_taken(copied_run):
+    moe = copied_run / "moe"
+    chosen, scale = gates.read_gates(moe), runs.read_record(moe)["router"]["results"]["scale"]
+    fit_router(copied_run, "--overwrite", "--scale", "0.25")
+    torch.testing.assert_close(gates.read_gates(moe) * (scale / 0.25), chosen)
+    assert runs.read_record(moe)["router"]["results"]["scale"] == 0.25
+    with pytest.raises(InputError, match="--scale 0"):
+        fit_router(copied_run, "--overwrite", "--scale", "0")
+
+
 def test_fitted_router_is_skipped_refused_or_replaced(copied_run, capsys):
     fit_router(copied_run)
     assert "moe has its fitted router: skipped" in capsys.readouterr().out

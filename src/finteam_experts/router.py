@@ -125,8 +125,9 @@ def fit(
     text: list[Sequences],
     held_back: list[Sequences],
     ridge: float,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Fit the gates and choose their scale by the loss on the held-back text; leaves them in `model`.
+    """Fit the gates and, unless it is given, choose their scale by the loss on the held-back text; leaves them in `model`.
 
     Returns the gates [layers, experts, hidden] and the figures of the fit.
     """
@@ -139,7 +140,7 @@ def fit(
         print(f"gate scale {scale:g}: {loss:.4f} nats a token of the held-back text, mean over roles")
         return loss
 
-    scale, tried = choose_scale(loss_at)
+    scale, tried = choose_scale(loss_at) if scale is None else (scale, {scale: loss_at(scale)})
     set_gates(model, scale * gates)
     seconds = round(time.monotonic() - start, 1)
     return scale * gates, {"scale": scale, "loss_at_scale": tried, "curve": curve, "seconds": seconds}

@@ -75,7 +75,7 @@ def split_experts(model: nn.Module, *, at_once: int | None = None) -> None:
     if at_once is not None and not (1 <= at_once <= experts == used):
         raise InputError(
             f"experts_at_once: found {at_once}, for a model that uses {used} of {experts} experts a token. It is a number "
-            f"from 1 to {experts}, for a model whose tokens use all experts: merge it with experts_per_token: {experts}."
+            f"from 1 to {experts}, for a model whose tokens use all experts: merge it with --experts_per_token {experts}."
         )
     for layer in model.model.layers:
         layer.mlp.experts = SplitExperts(layer.mlp.experts, at_once)
