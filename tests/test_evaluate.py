@@ -64,6 +64,20 @@ def test_label_scores_equal_those_of_lm_eval(done_run, model, batch_tokens):
         assert greedy == expected_greedy
 
 
+def test_a_label_is_greedy_if_the_model_writes_it_after_the_white_space(done_run):
+    loaded, tokenizer = load_model(done_run / "dense-instruct"), load_tokenizer(done_run / "dense-instruct")
+    context, space = tokenizer("Answer p, n or r.")["input_ids"], tokenizer("\n")["input_ids"]
+    with torch.no_grad():
+        likeliest = loaded(torch.tensor([context + space])).logits[0, -1].argmax().item()
+    options = {"pretrained": loaded, "tokenizer": tokenizer, "batch_size": 1}
+    for token in (likeliest, likeliest - 1):
+        request = (("", ""), context, [*space, token])
+        [(score, greedy)] = LabelScoringLM(**options)._loglikelihood_tokens([request], disable_tqdm=True)
+        [(expected, _)] = HFLM(**options)._loglikelihood_tokens([request], disable_tqdm=True)
+        assert greedy == (token == likeliest)
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
 def test_bfloat16_scores_are_close_and_ties_are_not_made(done_run):
     """The backbone rounds, the head does not: scores move by hundredths, and two labels never score exactly alike."""
     loaded, tokenizer = load_model(done_run / "moe"), load_tokenizer(done_run / "moe")

@@ -2,6 +2,7 @@
 """Scoring the labels of classification prompts: by log-likelihood, as a language model for lm-eval, or in an answer."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ class LabelScoringLM(HFLM):
     One forward pass gives the log-likelihood of every label that agrees with it up to the label's last token, and the
     vocabulary head runs on the label's positions only. Batches hold rows of similar length, `batch_tokens` tokens each.
     With `bf16` all but the head computes in bfloat16; the head does not, since bfloat16 logits of two labels are often equal.
+
+    lm-eval moves white space from a prompt's end to the label. A label counts as greedy if the model writes it after that
+    space: how likely the space is says nothing, and models that are tuned on answers alone never learn it.
     """
 
     def __init__(self, *args, batch_tokens: int = 2048, bf16: bool = False, **kwargs) -> None:
@@ -56,9 +60,15 @@ class LabelScoringLM(HFLM):
                         own = row[start : start + len(label)]
                         target = torch.tensor(label, device=own.device)
                         total = own.gather(1, target[:, None]).sum().item()
-                        scores[index] = (total, bool((own.argmax(-1) == target).all()))
+                        spaces = self._leading_spaces(label)
+                        scores[index] = (total, bool((own.argmax(-1) == target)[spaces:].all()))
                         progress.update()
         return scores
+
+    def _leading_spaces(self, label: list[int]) -> int:
+        """How many of a label's first tokens are nothing but white space."""
+        tokens = takewhile(lambda token: self.tokenizer.decode([token]).isspace(), label[:-1])
+        return sum(1 for _ in tokens)
 
 
 def _passes(requests: list[Request]) -> list[tuple[list[int], list[int]]]:
