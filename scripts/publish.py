@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STEP 5. Push a run to the Hub: the adapters, the merged team, the tuned team with its card, and the Space.
+
+    python scripts/publish.py --run_dir outputs/quickstart --namespace ME --dry_run
+    python scripts/publish.py --run_dir outputs/quickstart --namespace ME
+
+Repositories are private unless --public is given. Token, namespace and permissions are checked, and every repository is
+made, before the first file is uploaded. Run it again after an interruption: what is there already is not uploaded twice.
+"""
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, SpaceCard
+from huggingface_hub.errors import HfHubHTTPError
+from rich.console import Console
+from rich.table import Table
+
+from finteam_experts.cards import render
+from finteam_experts.errors import InputError, nearest, run
+from finteam_experts.publishing import SPACE_FILES, Release, Repo, check_licence, check_texts, data_licences
+
+PARTS = ("dense", "adapters", "moe", "moe-instruct", "space")
+SPACE = Path("space")
+ADVICE = {
+    401: "Log in with 'hf auth login', or set HF_TOKEN to a token that is valid.",
+    402: "A Gradio Space needs a paid plan. Publish the models alone: leave space out of --parts.",
+    403: "The token may not write there. Make one with write access, or choose another --namespace.",
+    404: "The repository is gone, or the token may not see it.",
+    412: "Someone else changed the repository meanwhile. Run the same command again.",
+    503: "The Hub is out of service. Run the same command again later.",
+}
+
+
+def add_cards(release: Release, repos: list[Repo], licence: str, tag: str, licences: dict[str, str]) -> None:
+    """Put each repository's README.md into it."""
+    for repo in repos:
+        if repo.kind == "space":
+            repo.files = {name: SPACE / name for name in SPACE_FILES}
+            card = SpaceCard.load(SPACE / "README.md")
+            card.data.models = [release.id_of("moe-instruct")]
+            repo.files["README.md"] = str(card).encode()
+        else:
+            repo.files["README.md"] = render(release, repo, licence, tag, licences)
+            ModelCard(repo.files["README.md"].decode())  # raises if its metadata are not what the Hub reads
+
+
+def print_plan(repos: list[Repo], visibility: str) -> None:
+    """Every file of every repository with its size."""
+    table = Table(title=f"To publish ({visibility})")
+    for column in ("repository", "file", "MB"):
+        table.add_column(column, justify="right" if column == "MB" else "left")
+    for repo in repos:
+        for path, size in repo.sizes():
+            table.add_row(f"{repo.kind} {repo.id}", path, f"{size / 1e6:,.3f}")
+        table.add_section()
+    table.add_row("all", f"{sum(len(repo.files) for repo in repos)} files",
+                  f"{sum(size for repo in repos for _, size in repo.sizes()) / 1e6:,.1f}")  # fmt: skip
+    Console(width=140).print(table)
+
+
+def preflight(api: HfApi, namespace: str) -> None:
+    """`InputError` unless the token may write to the namespace."""
+    user = api.whoami()
+    names = [user["name"], *(org["name"] for org in user["orgs"])]
+    if namespace not in names:
+        raise InputError(
+            f"--namespace {namespace}: the token belongs to {', '.join(names)}.{nearest(namespace, names)}"
+        )
+    role = user["auth"].get("accessToken", {}).get("role")
+    if role == "read":
+        raise InputError("the token only reads. Make one with write access at https://huggingface.co/settings/tokens")
+
+
+def create(api: HfApi, repo: Repo, release: Release, *, private: bool) -> None:
+    """Make the repository, if it is not there."""
+    options = {}
+    if repo.kind == "space":
+        variables = [{"key": "MODEL_ID", "value": release.id_of("moe-instruct")}]
+        options = {"space_sdk": "gradio", "space_variables": variables}
+    api.create_repo(repo.id, repo_type=repo.kind, private=private, exist_ok=True, **options)
+
+
+def upload(api: HfApi, repo: Repo, tag: str) -> str:
+    """Commit the files that differ from those on the Hub, tag the result, and say what was done."""
+    before = api.repo_info(repo.id, repo_type=repo.kind).sha
+    operations = [CommitOperationAdd(path, content) for path, content in sorted(repo.files.items())]
+    commit = api.create_commit(
+        repo.id,
+        operations,
+        repo_type=repo.kind,
+        commit_message=f"FinTeamExperts {tag}: {repo.title}",
+        parent_commit=before,
+    ).oid
+    refs = api.list_repo_refs(repo.id, repo_type=repo.kind)
+    tagged = {ref.name: ref.target_commit for ref in refs.tags}
+    if tagged.get(tag, commit) != commit:
+        raise InputError(
+            f"{repo.id}: version {tag} was published with other files. Name a new one with --version; what is there stays."
+        )
+    if tag not in tagged:
+        api.create_tag(repo.id, tag=tag, revision=commit, repo_type=repo.kind)
+    return "unchanged" if commit == before else "uploaded"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--data_dir", type=Path, help="data directory of the run (default: RUN_DIR/data)")
+    parser.add_argument("--namespace", required=True, help="user or organisation on the Hub")
+    parser.add_argument("--name", default="FinTeam-SmolLM2-135M", help="of the tuned team; the others' begin with it")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to publish (default: all)")
+    parser.add_argument("--base_model", metavar="ID", help="the dense base on the Hub, if the run was made from one")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights, as the Hub names it")
+    parser.add_argument("--version", default=version("finteam-experts"), help="tag of what is uploaded")
+    parser.add_argument("--public", action="store_true", help="everyone may see it")
+    parser.add_argument("--dry_run", action="store_true", help="list repositories, files and sizes, upload nothing")
+    args = parser.parse_args()
+
+    release = Release(args.run_dir, args.namespace, args.name, args.base_model)
+    licences = data_licences(args.data_dir or args.run_dir / "data")
+    check_licence(args.license, licences, args.base_model or "", args.name)
+    repos = release.repos([part for part in PARTS if part in args.parts])
+    api, tag = HfApi(), f"v{args.version}"
+    doing = "preflight"
+    try:
+        if not args.dry_run:
+            preflight(api, args.namespace)
+            for repo in repos:
+                doing = f"making {repo.id}"
+                create(api, repo, release, private=not args.public)
+        add_cards(release, repos, args.license, tag, licences)
+        check_texts(repos)
+        print_plan(repos, "public" if args.public else "private")
+        if args.dry_run:
+            print("Nothing was uploaded: --dry_run")
+            return
+        for repo in repos:
+            doing = f"uploading {repo.id}"
+            print(f"{api.endpoint}/{'spaces/' * (repo.kind == 'space')}{repo.id}: {upload(api, repo, tag)}")
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        advice = ADVICE.get(status, "Run the same command again; what is uploaded stays.")
+        raise InputError(f"{doing}: the Hub answered {error.server_message or error}. {advice}") from None
+    except (httpx2.TransportError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"{doing}: the upload broke off ({error}). Run the same command again: what is uploaded stays."
+        ) from None
+    if not args.public and any(repo.kind == "space" for repo in repos):
+        print("The Space needs a secret HF_TOKEN that may read the private model: set it in the Space's settings.")
+
+
+if __name__ == "__main__":
+    run(main)
