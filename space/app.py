@@ -1,102 +1,201 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask the team: a question, the answer streamed, and the share of each analyst in it.
+"""Ask the team: the answer streamed, and who of the analysts carried which part of it.
 
     MODEL_ID=outputs/quickstart/moe-instruct python space/app.py
 
-MODEL_ID is a folder or a Hub id of a model made by FinTeamExperts; roles and examples come from its finteam.json.
+MODEL_ID is a folder or a Hub id of a model made by FinTeamExperts; roles, colours and tasks come from its finteam.json.
 """
 
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from threading import Thread
+from typing import TypedDict
 
 import gradio as gr
-import torch
-from huggingface_hub import hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+from examples import PASSAGES, QUESTIONS
+from gpu import on_gpu  # before what imports torch
+from panels import CSS, answer_html, layers_html, probabilities_html, shares_html
+from team import MAX_NEW_TOKENS, Answer, Team
 
 MODEL_ID = os.environ.get("MODEL_ID", "outputs/quickstart/moe-instruct")
 MAX_CHARACTERS = 4000
-MAX_NEW_TOKENS = 160
-EXAMPLES = [
-    "How do bond yields respond when a central bank fights inflation?",
-    "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company? "
-    "Answer negative, neutral or positive.",
-    "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64. How volatile is this share?",
-]
+MAX_VISITORS = 32  # waiting, before the page says to come back later
+ALL = "The team"
+NOTICE = (
+    "An AI answers here. It can be wrong and it can invent figures: **nothing it says is financial advice.** What you type "
+    "is sent to the machine that runs this page, and is not kept."
+)
+PERCENTAGES = (
+    "A percentage is an analyst's share of the gate weight, the mean over layers: how much of the answer it computed. It is "
+    "not a chance of being right."
+)
+
+team = Team(MODEL_ID)
+names = [member["title"] for member in team.members]
 
 
-def read_card() -> dict:
-    """The record that travels with the model: the team in the order of its experts."""
-    local = Path(MODEL_ID) / "finteam.json"
-    return json.loads((local if local.is_file() else Path(hf_hub_download(MODEL_ID, "finteam.json"))).read_text())
+class Reply(TypedDict):
+    """An answer as data. `shares` and `layers` are empty for one analyst alone."""
+
+    question: str
+    answered_by: str
+    answer: str
+    shares: dict[str, float]
+    tokens: list[tuple[str, str]]  # piece of the answer, analyst that carried it
+    layers: list[list[float]]
+    numbers_not_in_the_question: list[str]
+    model: str
+    revision: str
+    settings: dict[str, str | int | bool]
+    notice: str
 
 
-CARD = read_card()
-TEAM = CARD["team"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-tokenizer = AutoTokenizer.from_pretrained(MODEL_ID)
-model = AutoModelForCausalLM.from_pretrained(MODEL_ID).to(DEVICE).eval()
+def checked(text: str, what: str) -> str:
+    """The text without its margins; a `gr.Error` if it is empty or too long, whoever sent it."""
+    text = text.strip()
+    if not text:
+        raise gr.Error(f"Please type {what}.", print_exception=False)
+    if len(text) > MAX_CHARACTERS:
+        raise gr.Error(
+            f"Please keep {what} below {MAX_CHARACTERS} characters; this one has {len(text)}.", print_exception=False
+        )
+    return text
 
 
-@torch.no_grad()
-def analyst_shares(token_ids: torch.Tensor) -> dict[str, float]:
-    """The share of the gate weight each analyst got, mean over layers and tokens [1, tokens] but the first."""
-    totals = torch.zeros(len(TEAM))
-    logits_by_layer = model(token_ids, output_router_logits=True, logits_to_keep=1).router_logits
-    for logits in logits_by_layer:
-        top = logits[1:].float().softmax(-1).topk(model.config.num_experts_per_tok, dim=-1)
-        weights = top.values / top.values.sum(-1, keepdim=True)
-        totals += torch.zeros(len(weights), len(TEAM)).scatter(1, top.indices.cpu(), weights.cpu()).mean(0)
-    shares = (totals / len(logits_by_layer)).tolist()
-    return {member["title"]: share for member, share in zip(TEAM, shares, strict=True)}
+def place_of(analyst: str) -> int | None:
+    """The place of an analyst in the team, `None` for the whole team; a `gr.Error` for a name it does not have."""
+    if analyst == ALL:
+        return None
+    if analyst not in names:
+        raise gr.Error(f"No analyst is called '{analyst[:40]}': {ALL}, {', '.join(names)}.", print_exception=False)
+    return names.index(analyst)
 
 
-def answer(question: str) -> Iterator[tuple[str, dict[str, float] | object]]:
-    """Stream the answer to `question`; the last item carries the analysts' shares as well."""
-    question = question.strip()
-    if not question:
-        raise gr.Error("Please type a question.")
-    if len(question) > MAX_CHARACTERS:
-        raise gr.Error(f"Please keep the question below {MAX_CHARACTERS} characters; this one has {len(question)}.")
-    chat = [{"role": "system", "content": CARD["system_prompt"]}, {"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
-        DEVICE
+def as_data(question: str, analyst: str, answer: Answer) -> Reply:
+    return {
+        "question": question,
+        "answered_by": analyst,
+        "answer": answer.text,
+        "shares": dict(zip(names, answer.shares, strict=False)),
+        "tokens": [(piece, names[carrier]) for piece, carrier in answer.tokens],
+        "layers": answer.layers,
+        "numbers_not_in_the_question": answer.foreign_numbers,
+        "model": MODEL_ID,
+        "revision": team.revision,
+        "settings": {
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "do_sample": False,
+            "system_prompt": team.system_prompt,
+            "transformers": importlib.metadata.version("transformers"),
+        },
+        "notice": "From an AI. Not financial advice.",
+    }
+
+
+@on_gpu
+def ask(question: str, analyst: str) -> Iterator[tuple[str, object, object, object]]:
+    """Stream the answer as HTML; the last item also fills the panels and the record."""
+    question, place = checked(question, "a question"), place_of(analyst)
+    answer = Answer("")
+    for answer in team.stream(question, place):
+        yield answer_html(answer, team.members), gr.skip(), gr.skip(), gr.skip()
+    record = {
+        key: value for key, value in as_data(question, analyst, answer).items() if key not in ("tokens", "layers")
+    }
+    alone = f"<p>{analyst} answered alone: every gate was given to it.</p>"
+    shares = shares_html(answer.shares, team.members) if place is None else alone
+    layers = layers_html(answer.layers, team.members) if place is None else ""
+    yield (
+        answer_html(answer, team.members, done=True),
+        shares,
+        layers,
+        json.dumps(record, indent=2, ensure_ascii=False),
     )
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output: list[torch.Tensor] = []
 
-    def generate() -> None:
-        try:
-            output.append(model.generate(**inputs, streamer=streamer, max_new_tokens=MAX_NEW_TOKENS, do_sample=False))
-        finally:
-            streamer.end()  # the page must not wait for text that will never come
 
-    worker = Thread(target=generate)
-    worker.start()
-    text = ""
-    for piece in streamer:
-        text += piece
-        yield text, gr.skip()
-    worker.join()
-    if not output:
-        raise gr.Error("The model could not answer this. Please try again.")
-    yield text, analyst_shares(output[0])
+@on_gpu
+def ask_for_data(question: str, analyst: str = ALL) -> Reply:
+    """Ask the team, or one analyst alone by its title, and get the answer with its routing as JSON."""
+    question, place = checked(question, "a question"), place_of(analyst)
+    *_, answer = team.stream(question, place)
+    return as_data(question, analyst, answer)
+
+
+@on_gpu
+def classify(task: str, text: str) -> dict[str, float]:
+    """The probability of each label of a task for a passage, as JSON."""
+    if task not in team.tasks:
+        raise gr.Error(f"No task is called '{task[:40]}': {', '.join(team.tasks)}.", print_exception=False)
+    return team.classify(task, checked(text, "a passage"))
+
+
+def classify_for_page(task: str, text: str) -> str:
+    return probabilities_html(classify(task, text))
 
 
 with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
     gr.Markdown(
-        "# FinTeamExperts\nThree analysts in one model. An AI answers here, and it is **not financial advice**."
+        f"# FinTeamExperts\n{len(names)} financial analysts in one model, and you see who answers.\n\n{NOTICE}"
     )
-    question_box = gr.Textbox(label="Your question", lines=3, max_length=MAX_CHARACTERS, autofocus=True)
-    ask = gr.Button("Ask the team", variant="primary")
-    answer_box = gr.Textbox(label="Answer", lines=6, interactive=False)
-    shares_box = gr.Label(label="Who carried it: share of the gate weight, not the chance of being right")
-    gr.Examples(EXAMPLES, question_box)
-    for trigger in (ask.click, question_box.submit):
-        trigger(answer, question_box, [answer_box, shares_box], api_name="answer", concurrency_id="model")
+    with gr.Tab("Ask"):
+        question_box = gr.Textbox(label="Your question", lines=3, max_length=MAX_CHARACTERS, autofocus=True)
+        with gr.Row(equal_height=True):
+            analyst_box = gr.Radio([ALL, *names], value=ALL, label="Who answers", scale=3)
+            ask_button = gr.Button("Ask", variant="primary", scale=1)
+        with gr.Row():
+            with gr.Column(scale=3):
+                answer_box = gr.HTML(answer_html(Answer(""), team.members), label="The team's answer", show_label=True)
+            with gr.Column(scale=2):
+                alone_box = gr.HTML(answer_html(Answer(""), team.members), label="One analyst alone", show_label=True)
+        shares_box = gr.HTML(label="Who carried the team's answer", show_label=True)
+        gr.Markdown(PERCENTAGES)
+        with gr.Accordion("Layer by layer", open=False):
+            layers_box = gr.HTML()
+        with gr.Accordion("Record of the last answer", open=False):
+            record_box = gr.Code(
+                language="json", label="Question, model, settings and routing, to copy", interactive=False
+            )
+        gr.Examples(
+            [[question] for role in team.members for question in QUESTIONS.get(role["name"], ())],
+            [question_box],
+            label="Examples, two for each analyst",
+        )
+    with gr.Tab("Tasks"):
+        gr.Markdown("The tasks that the team was tuned on. It reads the passage and weighs the task's labels.")
+        task_box = gr.Dropdown(
+            [(task["title"], name) for name, task in team.tasks.items()], value=next(iter(team.tasks)), label="Task"
+        )
+        passage_box = gr.Textbox(label="Passage", lines=4, max_length=MAX_CHARACTERS)
+        classify_button = gr.Button("Weigh the labels", variant="primary")
+        labels_box = gr.HTML(label="Probability of each label, among the task's labels", show_label=True)
+        known_box = gr.Textbox(label="Label that is known to be right", interactive=False, visible=False)
+        gr.Examples(
+            [[name, *row] for name in team.tasks for row in PASSAGES.get(name, ())],
+            [task_box, passage_box, known_box],
+            label="Passages with their known label",
+        )
+
+    # the team's answer and one analyst's alone stand side by side: each asking fills its own box
+    def ask_on_page(question: str, analyst: str) -> Iterator[tuple]:
+        for html, shares, layers, record in ask(question, analyst):
+            if analyst == ALL:
+                yield html, gr.skip(), shares, layers, record
+            else:
+                yield gr.skip(), html, gr.skip(), gr.skip(), record
+
+    for trigger in (ask_button.click, question_box.submit):
+        trigger(
+            ask_on_page, [question_box, analyst_box], [answer_box, alone_box, shares_box, layers_box, record_box],
+            concurrency_id="model", concurrency_limit=1, api_visibility="private", trigger_mode="once",
+        )  # fmt: skip
+    classify_button.click(
+        classify_for_page, [task_box, passage_box], labels_box,
+        concurrency_id="model", concurrency_limit=1, api_visibility="private", trigger_mode="once",
+    )  # fmt: skip
+    gr.api(ask_for_data, api_name="ask", concurrency_id="model", concurrency_limit=1)
+    gr.api(classify, api_name="classify", concurrency_id="model", concurrency_limit=1)
 
 if __name__ == "__main__":
-    demo.queue(max_size=32, default_concurrency_limit=1).launch(show_error=True)
+    demo.queue(max_size=MAX_VISITORS).launch(show_error=True, css=CSS, theme=gr.themes.Default(), ssr_mode=False)

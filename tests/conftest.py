@@ -2,11 +2,14 @@
 """A toy base, a small data directory, and one whole toy run that the tests look at. No network, no GPU."""
 
 import importlib.util
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -151,6 +154,24 @@ def done_run(tmp_path_factory, toy_base, toy_data) -> Path:
     instruct_tune(run_dir, "dense")
     call("scripts/evaluate.py", "--run_dir", run_dir)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def space_address(done_run, tmp_path_factory) -> Iterator[str]:
+    """Where the demo listens, started as a user starts it on the complete run's tuned team."""
+    log = tmp_path_factory.mktemp("space") / "log"
+    environment = os.environ | {"MODEL_ID": str(done_run / "moe-instruct"), "GRADIO_ANALYTICS_ENABLED": "False",
+                                "PYTHONUNBUFFERED": "1", "GRADIO_SERVER_PORT": "7989"}  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, "space/app.py"], cwd=REPOSITORY, env=environment, stdout=output,
+                                   stderr=output)  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not (found := re.search(r"http://[\d.]+:\d+", log.read_text())) and time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    yield found[0]
+    process.terminate()
+    process.wait()
 
 
 @pytest.fixture

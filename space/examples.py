@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions by role and passages by task, written for this page. The companies are made up."""
+
+QUESTIONS = {
+    "macro": [
+        "How do bond yields respond when a central bank fights inflation?",
+        "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %. What may the central bank do?",
+    ],
+    "micro": [
+        "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company? Answer negative, "
+        "neutral or positive.",
+        "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs. What do investors ask?",
+    ],
+    "quant": [
+        "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64. How volatile is this share?",
+        "What does a beta of 1.4 say about a share?",
+    ],
+    "base": ["How do I keep bread fresh for longer?"],
+}
+
+PASSAGES = {
+    "fpb": [
+        ["Operating profit of Ostrand Paper fell to EUR 4.1 mn from EUR 9.8 mn a year earlier.", "negative"],
+        ["Kelvik Foods will publish its interim report on 24 October.", "neutral"],
+        ["Order intake of Harju Machines rose by 31 % to a record EUR 62 mn.", "positive"],
+    ],
+    "fiqasa": [
+        ["Harju Machines shares jump as record orders beat forecasts", "positive"],
+        ["Ostrand Paper slumps after second profit warning in three months", "negative"],
+    ],
+    "headlines": [["Gold futures climb to a three-month high as the dollar slips", "Yes"]],
+    "stock_movement": [
+        [
+            "Daily moves in %: -0.2, -0.3, -0.6, 1.3, 0.1, 0.3, -0.5, -1.5, -1.4, -0.2\n"
+            "Averages against the close in %: 5 days 1.7, 30 days 2.8",
+            "not known: made up",
+        ]
+    ],
+}
