@@ -141,15 +141,19 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
     )
     with gr.Tab("Ask"):
         question_box = gr.Textbox(label="Your question", lines=3, max_length=MAX_CHARACTERS, autofocus=True)
-        with gr.Row(equal_height=True):
+        with gr.Row():
             analyst_box = gr.Radio([ALL, *names], value=ALL, label="Who answers", scale=3)
             ask_button = gr.Button("Ask", variant="primary", scale=1)
         with gr.Row():
             with gr.Column(scale=3):
-                answer_box = gr.HTML(answer_html(Answer(""), team.members), label="The team's answer", show_label=True)
+                answer_box = gr.HTML(
+                    answer_html(Answer(""), team.members), label="The team's answer", show_label=True, container=True
+                )
             with gr.Column(scale=2):
-                alone_box = gr.HTML(answer_html(Answer(""), team.members), label="One analyst alone", show_label=True)
-        shares_box = gr.HTML(label="Who carried the team's answer", show_label=True)
+                alone_box = gr.HTML(
+                    answer_html(Answer(""), team.members), label="One analyst alone", show_label=True, container=True
+                )
+        shares_box = gr.HTML(label="Who carried the team's answer", show_label=True, container=True)
         gr.Markdown(PERCENTAGES)
         with gr.Accordion("Layer by layer", open=False):
             layers_box = gr.HTML()
@@ -169,8 +173,10 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
         )
         passage_box = gr.Textbox(label="Passage", lines=4, max_length=MAX_CHARACTERS)
         classify_button = gr.Button("Weigh the labels", variant="primary")
-        labels_box = gr.HTML(label="Probability of each label, among the task's labels", show_label=True)
-        known_box = gr.Textbox(label="Label that is known to be right", interactive=False, visible=False)
+        labels_box = gr.HTML(
+            label="Probability of each label, among the task's labels", show_label=True, container=True
+        )
+        known_box = gr.Textbox(label="Known label", interactive=False, visible=False)
         gr.Examples(
             [[name, *row] for name in team.tasks for row in PASSAGES.get(name, ())],
             [task_box, passage_box, known_box],

@@ -9,7 +9,8 @@ from team import Answer
 Members = list[dict[str, str]]
 
 CSS = """
-.answer { min-height: 5.5rem; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
+.answer, .bars { margin-top: 1.5rem; } /* below the box's label */
+.answer { min-height: 4.5rem; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
 .answer .run { border-bottom: 3px solid var(--analyst); padding-bottom: 1px; }
 .answer .run sup { font-size: .68em; font-weight: 600; margin-right: .25em; opacity: .85; }
 .note { font-size: .85em; margin-top: .6rem; opacity: .9; }
