@@ -64,10 +64,12 @@ def tune(
         arguments += ["--base", start]
     starts.launch("recipes/instruct_tune.py", *arguments, overrides={**comparison.overrides, **contestant.overrides})
     results = runs.read_record(model)["results"]
+    later = [entry["loss"] for entry in results["log"] if entry["step"] > results["steps"] / 2]
     tuning = {
         **{key: results[key] for key in ("trainable_parameters", "rows_seen", "train_tokens", "steps")},
         "seconds": round(time.monotonic() - began) if fresh else None,  # of a resumed run it is not known
         "final_loss": results["log"][-1]["loss"],
+        "second_half_loss": sum(later) / len(later),  # of rows not seen before: there is one epoch
         "routing": results["routing"],
     }
     return model, tuning

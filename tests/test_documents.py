@@ -53,7 +53,7 @@ def test_team_and_dense_model_of_the_comparison_are_tuned_alike():
         for name in ("moe", "dense")
     )
     different = {key for key in moe | dense if moe.get(key) != dense.get(key)}
-    assert different == {"start_from", "router_aux_loss_coef", "routing_steps", "routing_passages"}
+    assert different == {"start_from", "router_aux_loss_coef", "routing_steps", "routing_passages", "learning_rate"}
 
 
 def test_recipes_of_one_script_differ_where_they_must():

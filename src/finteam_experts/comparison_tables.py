@@ -148,8 +148,11 @@ def lever_table(comparison: Comparison, found: Results) -> str:
     for contestant in (*comparison.contestants, *comparison.levers):
         results = [result for result in found.get(contestant.name, ()) if "valid" in result]
         if results:
-            rows.append([contestant.title, *map(_cell, main_scores(results, "valid").values())])
-    return table(["tried", *_task_header(), "average"], rows)
+            losses = [(result["tuning"] or {}).get("second_half_loss") for result in results]
+            known = [loss for loss in losses if loss is not None]
+            loss = f"{np.mean(known):.4f}" if known else ""
+            rows.append([contestant.title, *map(_cell, main_scores(results, "valid").values()), loss])
+    return table(["tried", *_task_header(), "average", "loss of new rows"], rows)
 
 
 def render_short(comparison: Comparison, found: Results, summary: dict[str, Any]) -> str:
@@ -182,7 +185,11 @@ def render_all(
     if perplexity:
         parts += ["## Held-out perplexity before tuning\n", perplexity_table(comparison, perplexity)]
     if levers:
-        parts += ["## Levers, on validation rows, one seed\n", lever_table(comparison, {**found, **levers})]
+        about = (
+            "## Levers, on validation rows, one seed\n\nLoss of new rows: the mean training loss of the second half of the "
+            "steps. There is one epoch, so these rows were not seen before. Where it is missing it was not recorded.\n"
+        )
+        parts += [about, lever_table(comparison, {**found, **levers})]
     parts += ["## Labels, seed 0\n", label_table(comparison, found)]
     return "\n".join(parts)
 
