@@ -43,8 +43,8 @@ def streaming(model: Path, rounds: int) -> None:
             raise InputError("the streamed answer is not that of generate. Please report this as a bug.")
         if number:  # the first round warms up
             print(
-                f"round {number}: first words after {first:.2f} s, streamed {MAX_NEW_TOKENS / streamed:.1f} tokens/s, plain {MAX_NEW_TOKENS / plain:.1f} "
-                f"tokens/s, ratio {plain / streamed:.2f}"
+                f"round {number}: first words after {first:.2f} s, streamed {MAX_NEW_TOKENS / streamed:.1f} tokens/s, "
+                f"plain {MAX_NEW_TOKENS / plain:.1f} tokens/s, ratio {plain / streamed:.2f}"
             )
 
 

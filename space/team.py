@@ -25,9 +25,7 @@ class Answer:
     """What was answered to a question, complete or up to now."""
 
     text: str
-    tokens: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # piece of the text, place of the analyst that carried it
+    tokens: list[tuple[str, int]] = field(default_factory=list)  # piece of the text, place of who carried it
     layers: list[list[float]] = field(default_factory=list)  # [layers, analysts] share of the gate weight
     foreign_numbers: list[str] = field(default_factory=list)  # in the answer and not in the question
 
@@ -41,7 +39,6 @@ class Team:
     """A model made by FinTeamExperts, from a folder or a Hub id."""
 
     def __init__(self, model_id: str) -> None:
-        self.model_id = model_id
         local = Path(model_id) / "finteam.json"
         card_file = local if local.is_file() else Path(hf_hub_download(model_id, "finteam.json"))
         card = json.loads(card_file.read_text())
@@ -130,11 +127,11 @@ class Team:
                 hook.remove()
 
     @torch.no_grad()
-    def classify(self, task: str, text: str, question: str = "") -> dict[str, float]:
+    def classify(self, task: str, text: str) -> dict[str, float]:
         """The probability of each label of a task, among its labels, in the words that the model was tuned on."""
         about = self.tasks[task]
         labels = " or ".join([", ".join(about["labels"][:-1]), about["labels"][-1]])
-        prompt = self.encode(f"{compact_prices(text)}\n\n{question or about['question']} Answer {labels}.")[0]
+        prompt = self.encode(f"{compact_prices(text)}\n\n{about['question']} Answer {labels}.")[0]
         ends = [
             self.tokenizer(label, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
             for label in about["labels"]

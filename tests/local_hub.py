@@ -66,20 +66,16 @@ class Refusal(Exception):
 
 
 class LocalHub:
-    def __init__(self, folder: Path, *, xet: bool = False, paid: bool = True) -> None:
-        self.folder, self.xet, self.paid = folder, xet, paid
+    def __init__(self, folder: Path, *, xet: bool = False) -> None:
+        self.folder, self.xet = folder, xet
+        self.paid = True  # else no Gradio Space can be made
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[tuple[str, str, int]] = []  # method, path, bytes of the body
-        self._faults: list[tuple[str, str, int | None, dict[str, str]]] = []
+        self._faults: list[tuple[str, str, int | None]] = []
         self._lock = Lock()
         (folder / "objects").mkdir(parents=True)
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -104,16 +100,16 @@ class LocalHub:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def fail(self, method: str, pattern: str, status: int | None, times: int = 1, **headers: str) -> None:
-        """Answer the next `times` requests whose path matches with `status`, or, if it is None, break them off."""
-        self._faults += [(method, pattern, status, headers)] * times
+    def fail(self, method: str, pattern: str, status: int | None) -> None:
+        """Answer the next request whose path matches with `status`, or, if it is None, break it off."""
+        self._faults.append((method, pattern, status))
 
-    def fault_for(self, method: str, path: str) -> tuple[int | None, dict[str, str]] | None:
+    def next_fault(self, method: str, path: str) -> tuple[str, str, int | None] | None:
         with self._lock:
             for fault in self._faults:
                 if fault[0] == method and re.search(fault[1], path):
                     self._faults.remove(fault)
-                    return fault[2:]
+                    return fault
         return None
 
     def content(self, file: File) -> bytes:
@@ -179,8 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         length = int(self.headers.get("Content-Length") or 0)
-        fault = hub.fault_for(self.command, path)
-        if fault and fault[0] is None:
+        fault = hub.next_fault(self.command, path)
+        if fault and fault[2] is None:
             self.rfile.read(length // 2)
             self.close_connection = True
             self.connection.close()
@@ -196,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, path, len(body)))
         try:
             if fault:
-                raise Refusal(fault[0], "", f"made to fail with {fault[0]}", fault[1])
+                raise Refusal(fault[2], "", f"made to fail with {fault[2]}")
             for method, pattern, action in ROUTES:
                 if method == self.command and (found := re.fullmatch(pattern, path)):
                     with hub._lock:
@@ -322,8 +318,6 @@ class _Handler(BaseHTTPRequestHandler):
                     raise Refusal(400, "", f"{value['path']}: its content was never uploaded")
                 pointer = f"oid sha256:{value['oid']}\nsize {value['size']}\n".encode()
                 files[value["path"]] = File(value["oid"], _git_blob(pointer), value["size"], large=True)
-            elif line["key"] == "deletedFile":
-                files.pop(value["path"], None)
         commit = self.hub.commit(found, header["summary"], files)
         return _json({"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit, "success": True})
 
@@ -339,12 +333,6 @@ class _Handler(BaseHTTPRequestHandler):
         tags = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": to} for tag, to in found.tags.items()]
         main = {"name": "main", "ref": "refs/heads/main", "targetCommit": found.head}
         return _json({"branches": [main], "converts": [], "tags": tags})
-
-    def variable(self, body: bytes, kind: str, repo: str) -> tuple:
-        asked = json.loads(body)
-        variables = self.repo(kind, repo, write=True).settings.setdefault("variables", [])
-        variables[:] = [row for row in variables if row["key"] != asked["key"]] + [asked]
-        return _json({row["key"]: row for row in variables})
 
     def lfs_batch(self, body: bytes, repo: str, prefix: str | None = None) -> tuple:
         self.repo("spaces" if prefix else "models", repo, write=True)
@@ -399,7 +387,6 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", f"/api/{REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", f"/api/{REPO}/commit/(?P<revision>[^/]+)", _Handler.make_commit),
     ("POST", f"/api/{REPO}/tag/(?P<revision>[^/]+)", _Handler.tag),
-    ("POST", f"/api/{REPO}/variables", _Handler.variable),
     ("GET", f"/api/{REPO}/xet-(?P<access>read|write)-token/(?P<revision>[^/]+)", _Handler.xet_token),
     ("POST", "/(?P<prefix>spaces/)?(?P<repo>[^/]+/[^/]+).git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
