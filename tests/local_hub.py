@@ -2,8 +2,8 @@
 """A Hub on this machine that the unmodified huggingface_hub client talks to, over LFS or over Xet.
 
 It keeps repositories with their commits, tags and privacy, asks for a token, and refuses what the real one refuses. `fail`
-makes it answer the next matching request with an error, or close the connection in its middle. `requests` lists what it was
-asked. Xet content goes where the client's own storage layer puts it for a `local://` address.
+makes it answer the next matching request with an error, or close the connection in its middle; `hold` leaves it without an
+answer. `requests` lists what it was asked. Xet content goes where the client's own storage layer puts it for a `local://` address.
 
     with LocalHub(folder) as hub:
         subprocess.run(command, env={**os.environ, **hub.environment()})
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -71,7 +71,7 @@ class LocalHub:
         self.paid = True  # else no Gradio Space can be made
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[tuple[str, str, int]] = []  # method, path, bytes of the body
-        self._faults: list[tuple[str, str, int | None]] = []
+        self._faults: list[tuple[str, str, int | Event | None]] = []
         self._lock = Lock()
         (folder / "objects").mkdir(parents=True)
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -104,7 +104,13 @@ class LocalHub:
         """Answer the next request whose path matches with `status`, or, if it is None, break it off."""
         self._faults.append((method, pattern, status))
 
-    def next_fault(self, method: str, path: str) -> tuple[str, str, int | None] | None:
+    def hold(self, method: str, pattern: str) -> Event:
+        """Never answer the next request whose path matches; the event is set once half of its body is here."""
+        half = Event()
+        self._faults.append((method, pattern, half))
+        return half
+
+    def next_fault(self, method: str, path: str) -> tuple[str, str, int | Event | None] | None:
         with self._lock:
             for fault in self._faults:
                 if fault[0] == method and re.search(fault[1], path):
@@ -176,8 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         length = int(self.headers.get("Content-Length") or 0)
         fault = hub.next_fault(self.command, path)
-        if fault and fault[2] is None:
+        if fault and not isinstance(fault[2], int):
             self.rfile.read(length // 2)
+            if fault[2]:
+                fault[2].set()
+                while self.connection.recv(1 << 16):  # until the client is gone
+                    pass
             self.close_connection = True
             self.connection.close()
             return
