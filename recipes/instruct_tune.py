@@ -27,9 +27,9 @@ from finteam_experts.models import (
     fingerprint,
     load_tokenizer,
     local_folder,
-    weight_files,
 )
 from finteam_experts.routing import RoutingCallback
+from finteam_experts.shards import weight_files
 from finteam_experts.tasks import TASKS, chat, render
 from finteam_experts.training import (
     ADAPTER,
@@ -152,8 +152,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         difference = merge_trained(trainer, start, work)
         about = {key: record[key] for key in ("team", "system_prompt", "tasks") if key in record}
-        runs.finish(target, {**about, "results": {**results, "logit_difference": difference}})
-        print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter logits agree to {difference:.0e}")
+        runs.finish(target, {**about, "results": {**results, "merge_difference": difference}})
+        print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter outputs agree to {difference:.0e}")
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 

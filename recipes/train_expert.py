@@ -101,7 +101,7 @@ def main() -> None:
     }
     if trainer.is_world_process_zero():
         if role == SHARED:
-            results["logit_difference"] = merge_trained(trainer, base, work)
+            results["merge_difference"] = merge_trained(trainer, base, work)
         else:
             runs.remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))
         runs.finish(target, {"results": results})

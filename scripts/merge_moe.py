@@ -14,13 +14,18 @@ import logging
 from pathlib import Path
 
 import torch
+from mergekit.merge import MergeOptions
 from mergekit.moe.config import MoEMergeConfig
-from mergekit.options import MergeOptions
-from mergekit.scripts.moe import build
+from mergekit.moe.mixtral import MixtralMoE
+from mergekit.moe.router import get_gate_params, get_hidden_states, tokenize_prompts
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finteam_experts import runs
+from finteam_experts.adapter_merge import merge_adapter
 from finteam_experts.errors import InputError, run
 from finteam_experts.gates import GATES, read_gates
 from finteam_experts.merge_config import MERGE_FILE, in_run, read_merge_config, roles, trained_roles
@@ -30,12 +35,11 @@ from finteam_experts.models import (
     fingerprint,
     load_tokenizer,
     local_folder,
-    merge_adapter,
     stored_tensors,
-    weight_files,
 )
 from finteam_experts.release import copy_companions
 from finteam_experts.roles import team_card
+from finteam_experts.shards import SHARD_BYTES, weight_files
 from finteam_experts.tasks import SYSTEM_PROMPT, task_cards
 
 
@@ -74,9 +78,47 @@ def merge_experts(
         work = runs.begin(target, "merge_expert", inputs, overwrite=overwrite)
         if work:
             difference = merge_adapter(base, adapter, work)
-            runs.finish(target, {"results": {"logit_difference": difference}})
-            print(f"{target}: adapter merged, logits agree to {difference:.0e}")
+            runs.finish(target, {"results": {"merge_difference": difference}})
+            print(f"{target}: adapter merged, its layers' outputs agree to {difference:.0e}")
     return hashes
+
+
+class DecoderOnDisk:
+    """A model's decoder whose weights are read layer by layer at every call, as mergekit's `get_hidden_states` calls it."""
+
+    device = "cpu"
+
+    def __init__(self, folder: Path) -> None:
+        self._decoder = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, device_map={"": "disk"}
+        ).model
+
+    def __call__(self, **inputs: object) -> BaseModelOutputWithPast:
+        return self._decoder(**inputs)
+
+
+def prompt_gates(base: Path, config: MoEMergeConfig) -> torch.Tensor:
+    """mergekit's gates from the experts' prompts, [layers, experts, hidden], without the base in memory.
+
+    mergekit itself loads it whole for the modes that need hidden states, unless on a GPU.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")  # prompts end together, as in mergekit
+    tokenizer.pad_token = tokenizer.bos_token or tokenizer.eos_token
+    if not config.gate_mode.startswith("hidden") or torch.cuda.is_available():
+        return get_gate_params(config.base_model, tokenizer, config.experts, mode=config.gate_mode)
+    decoder, average = DecoderOnDisk(base), config.gate_mode == "hidden_avg"
+
+    def mean_state(prompts: list[str]) -> torch.Tensor:
+        tokens: BatchEncoding = tokenize_prompts(prompts, tokenizer)
+        return get_hidden_states(decoder, tokens, average=average)
+
+    gates = []
+    for expert in tqdm(config.experts, desc="router prompts", leave=False):
+        states = mean_state(expert.positive_prompts)
+        if expert.negative_prompts:
+            states = states - mean_state(expert.negative_prompts)
+        gates.append(torch.nn.functional.normalize(states, dim=-1, eps=1e-8))
+    return torch.stack(gates, dim=1)
 
 
 def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
@@ -157,9 +199,11 @@ def main() -> None:
         return
     runs.remove_all_but(work, (runs.RECORD,))
     config = in_run(config, base, args.run_dir)
-    shard_bytes = max(2**28, base_bytes * len(names) // 16)  # mergekit holds a whole shard in memory
-    logging.disable(logging.WARNING)  # gates are fitted next, and any number of experts runs in llama.cpp by now
-    build(config, str(work), MergeOptions(copy_tokenizer=False, out_shard_size=shard_bytes))
+    # mergekit holds a whole shard in memory
+    options = MergeOptions(copy_tokenizer=False, out_shard_size=min(SHARD_BYTES, max(2**28, base_bytes // 5)))
+    gates = prompt_gates(base, config)
+    logging.disable(logging.WARNING)  # any number of experts runs in llama.cpp by now
+    MixtralMoE().write_model(str(work), config, options, router_weights=list(gates))
     logging.disable(logging.NOTSET)
     copy_companions(base, work)
     check_moe(work, base, config)

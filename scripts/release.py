@@ -14,8 +14,9 @@ import torch
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, run
-from finteam_experts.models import fingerprint, load_model, weight_files
+from finteam_experts.models import fingerprint, load_model
 from finteam_experts.release import save_release
+from finteam_experts.shards import weight_files
 
 
 def main() -> None:

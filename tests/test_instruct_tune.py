@@ -60,7 +60,7 @@ def test_dense_baseline_sees_the_same_rows_and_steps(done_run):
     assert [moe[key] for key in ("train_tokens", "steps", "rows_seen")] == [
         dense[key] for key in ("train_tokens", "steps", "rows_seen")
     ]
-    assert max(moe["logit_difference"], dense["logit_difference"]) < 1e-3
+    assert max(moe["merge_difference"], dense["merge_difference"]) < 1e-3
 
 
 def test_the_team_travels_with_the_model(done_run):

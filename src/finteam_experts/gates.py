@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finteam_experts.errors import InputError
-from finteam_experts.models import stored_tensors, weight_files
+from finteam_experts.models import stored_tensors
+from finteam_experts.shards import weight_files
 
 GATES = "gates"  # the folder inside a MoE's that keeps the gates it was merged with and fitted with
 _GATE = "model.layers.{}.mlp.gate.weight"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model folders: finding and checking a dense base, telling two bases apart, and merging a LoRA into its model."""
+"""Model folders: finding, checking and loading them, and telling two bases apart."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator
@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from finteam_experts.errors import InputError
-from finteam_experts.release import COMPANION_FILES, save_release
-from finteam_experts.split_experts import fuse_experts, split_experts
+from finteam_experts.release import COMPANION_FILES
+from finteam_experts.shards import StoredTensors, weight_files
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # what becomes the experts of the MoE
 SUPPORTED_TYPES = ("llama", "mistral")
@@ -99,52 +98,18 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no *.safetensors. Convert the model's weights, or choose another one.")
-    return files
-
-
 def stored_tensors(
     folder: Path, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a model folder by name, one at a time and without their model, if their name is `wanted`."""
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in filter(wanted, tensors.keys()):
-                yield name, tensors.get_tensor(name)
+    with StoredTensors(weight_files(folder)) as tensors:
+        for name in filter(wanted, tensors):
+            yield name, tensors[name]
 
 
 def adapts_split_experts(config: PretrainedConfig, target_modules: Collection[str] | None) -> bool:
     """Whether a LoRA on modules of these names is meant for an MoE's experts as linear layers."""
     return config.model_type == "mixtral" and not set(MLP_MODULES).isdisjoint(target_modules or ())
-
-
-@torch.no_grad()
-def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> float:
-    """Merge a LoRA adapter into its model in fp32, save the result to `target` in the model's dtype and in the release layout.
-
-    Returns the largest difference between the logits before and after the merge, as a share of the largest logit.
-    Raises `InputError` if it exceeds 1e-3: then the adapter has parts that a merge can't take over.
-    """
-    stored_dtype = AutoConfig.from_pretrained(model_folder).dtype or torch.float32
-    model = load_model(model_folder, torch.float32)
-    if split := adapts_split_experts(model.config, PeftConfig.from_pretrained(adapter_folder).target_modules):
-        split_experts(model)
-    adapted = PeftModel.from_pretrained(model, adapter_folder).eval()
-    probe = torch.arange(5, 37).remainder(adapted.config.vocab_size)[None]
-    with_adapter = adapted(probe).logits
-    merged = adapted.merge_and_unload()
-    difference = ((merged(probe).logits - with_adapter).abs().max() / with_adapter.abs().max()).item()
-    if not difference <= 1e-3:  # also when it is NaN
-        raise InputError(
-            f"{adapter_folder}: merged and adapter logits differ by {difference:.1e} of the largest logit."
-        )
-    if split:
-        fuse_experts(merged)
-    save_release(merged.to(stored_dtype), model_folder, target)
-    return difference
 
 
 @torch.no_grad()

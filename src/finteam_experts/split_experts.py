@@ -18,11 +18,10 @@ ROWS = 32
 
 
 class SplitExperts(nn.Module):
-    """The experts of one layer, with the interface of the fused module that it is made from and shares its memory with."""
+    """The experts of one layer, with the interface and the memory of the fused module that it is made from."""
 
     def __init__(self, fused: MixtralExperts, at_once: int | None = None) -> None:
         super().__init__()
-        self.fused = [fused]  # in a list, so that its tensors are no parameters of this module
         self.at_once = at_once
         self.act_fn = fused.act_fn
         self.experts = nn.ModuleList(
@@ -79,15 +78,3 @@ def split_experts(model: nn.Module, *, at_once: int | None = None) -> None:
         )
     for layer in model.model.layers:
         layer.mlp.experts = SplitExperts(layer.mlp.experts, at_once)
-
-
-@torch.no_grad()
-def fuse_experts(model: nn.Module) -> None:
-    """Undo `split_experts`, with the weights as they are now."""
-    for layer in model.model.layers:
-        split = layer.mlp.experts
-        fused = split.fused[0]
-        for place, expert in enumerate(split.experts):
-            fused.gate_up_proj[place] = torch.cat([expert["gate_proj"].weight, expert["up_proj"].weight])
-            fused.down_proj[place] = expert["down_proj"].weight
-        layer.mlp.experts = fused

@@ -28,10 +28,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from finteam_experts import runs
+from finteam_experts.adapter_merge import merge_adapter
 from finteam_experts.errors import InputError, nearest
-from finteam_experts.models import MLP_MODULES, adapts_split_experts, merge_adapter, weight_files
+from finteam_experts.models import MLP_MODULES, adapts_split_experts
 from finteam_experts.release import COMPANION_FILES
 from finteam_experts.sft import CompactHeadSFTTrainer
+from finteam_experts.shards import INDEX, weight_files
 from finteam_experts.split_experts import split_experts
 
 ADAPTER = "adapter"  # where a step that ends with a merged model keeps its adapter until then
@@ -167,13 +169,13 @@ def train_lora(
 def merge_trained(trainer: SFTTrainer, model_folder: Path, work: Path) -> float:
     """Merge the adapter saved in `work` into its model, leave nothing but the merged model and the record in `work`.
 
-    Ends the trainer's use. Returns how far the logits moved, as `models.merge_adapter` does.
+    Ends the trainer's use. Returns how far a layer's output moved, as `merge_adapter` does.
     """
     trainer.model = trainer.model_wrapped = trainer.optimizer = None  # room for the merge
     trainer.accelerator.free_memory()
     difference = merge_adapter(model_folder, work / ADAPTER, work)
     weights = [file.name for file in weight_files(work)]
-    keep = ("config.json", "model.safetensors.index.json", runs.RECORD, *weights, *COMPANION_FILES)
+    keep = ("config.json", INDEX, runs.RECORD, *weights, *COMPANION_FILES)
     runs.remove_all_but(work, keep)
     return difference
 
