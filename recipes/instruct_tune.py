@@ -39,6 +39,7 @@ from finteam_experts.training import (
     merge_trained,
     parse,
     settings,
+    share_batch,
     train_lora,
 )
 
@@ -97,6 +98,7 @@ def routing_callback(
 
 def main() -> None:
     script_args, training_args, model_args = parse((TuneArguments, SFTConfig, BaseModelConfig))
+    share_batch(script_args.rows_per_step, training_args)
     run_dir, data = Path(script_args.run_dir), script_args.data_folder()
     if script_args.start_from == "moe":
         start = run_dir / "moe"

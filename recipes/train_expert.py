@@ -31,6 +31,7 @@ from finteam_experts.training import (
     merge_trained,
     parse,
     settings,
+    share_batch,
     train_lora,
 )
 
@@ -52,6 +53,7 @@ def team_passages(data: Path, names: list[str]) -> Dataset:
 
 def main() -> None:
     script_args, training_args, model_args = parse((ExpertArguments, SFTConfig, BaseModelConfig))
+    share_batch(script_args.rows_per_step, training_args)
     merge_config = Path(script_args.merge_config)
     if script_args.role == SHARED:
         role, corpora = SHARED, trained_roles(read_merge_config(merge_config))

@@ -22,7 +22,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process fails alike, one of them speaks
+        if os.environ.get("RANK", "0") == "0":  # every process fails alike, one of them speaks
             print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from finteam_experts import runs
 from finteam_experts.adapter_merge import merge_adapter
@@ -54,6 +54,10 @@ class RunArguments:
         default="outputs/quickstart", metadata={"help": "Run folder; every step has its place in it."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Data directory. Defaults to RUN_DIR/data."})
+    rows_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Rows of an optimiser step in all processes together; sets gradient_accumulation_steps."},
+    )
 
     def data_folder(self) -> Path:
         return Path(self.data_dir or Path(self.run_dir) / "data")
@@ -89,19 +93,45 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
     if unknown:
         raise InputError(f"unknown argument '{unknown[0]}'.{nearest(unknown[0].lstrip('-'), known)}")
     for arguments in parsed:
-        if isinstance(arguments, SFTConfig) and arguments.output_dir not in (None, "trainer_output"):
-            raise InputError("output_dir is set by run_dir, so that the next step finds it. Remove it, set run_dir.")
+        if isinstance(arguments, SFTConfig):
+            if arguments.output_dir not in (None, "trainer_output"):
+                raise InputError(
+                    "output_dir is set by run_dir, so that the next step finds it. Remove it, set run_dir."
+                )
+            PartialState(cpu=arguments.use_cpu)  # whoever makes it first says where the processes meet
     return tuple(parsed)
+
+
+def share_batch(rows_per_step: int | None, training_args: SFTConfig) -> None:
+    """Set how often each process accumulates gradients, so that an optimiser step has that many rows on any machine.
+
+    Raises `InputError` if the processes can't share them equally.
+    """
+    if rows_per_step is None:
+        return
+    processes, rows = PartialState().num_processes, training_args.per_device_train_batch_size
+    if training_args.gradient_accumulation_steps != 1:
+        raise InputError("rows_per_step and gradient_accumulation_steps are both set. Leave the second one out.")
+    if rows_per_step % (processes * rows):
+        raise InputError(
+            f"rows_per_step is {rows_per_step}, which {processes} processes of per_device_train_batch_size {rows} can't share "
+            f"equally. Launch another number of processes, or set one of the two so that {rows_per_step} is a multiple of "
+            "processes times per_device_train_batch_size."
+        )
+    training_args.gradient_accumulation_steps = rows_per_step // (processes * rows)
 
 
 def settings(*arguments: Any) -> dict[str, Any]:
     """The settings that differ from their defaults and can change the weights, by name."""
+    left_out = _NOT_INPUTS
+    if any(getattr(group, "rows_per_step", None) for group in arguments):
+        left_out += ("gradient_accumulation_steps",)  # it follows from the number of processes
     changed = {}
     for group in arguments:
         for f in dataclasses.fields(group):
             default = f.default_factory() if callable(f.default_factory) else f.default
             value = getattr(group, f.name)
-            if f.init and not f.name.startswith(_NOT_INPUTS) and value not in (default, None):
+            if f.init and not f.name.startswith(left_out) and value not in (default, None):
                 changed[f.name] = value if isinstance(value, bool | int | float | str | list | dict) else str(value)
     return changed
 
@@ -131,8 +161,15 @@ def train_lora(
     if training_args.use_cpu:  # `accelerate launch` leaves each process with one thread
         torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
     set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
-    training_args.model_init_kwargs = {"dtype": model_args.dtype or "auto", **(training_args.model_init_kwargs or {})}
+    options = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
+    training_args.model_init_kwargs = {**options, **(training_args.model_init_kwargs or {})}
+    quantization = get_quantization_config(model_args)
     model = str(model_folder)
+    if quantization and AutoConfig.from_pretrained(model_folder).model_type == "mixtral":
+        raise InputError(
+            "load_in_4bit or load_in_8bit: transformers keeps an MoE's experts in fused tensors, which are not quantised. "
+            "Leave it out, and cut the model over several GPUs with recipes/accelerate/fsdp2.yaml."
+        )
     if adapts_split_experts(AutoConfig.from_pretrained(model_folder), model_args.lora_target_modules):
         model = AutoModelForCausalLM.from_pretrained(model_folder, **training_args.model_init_kwargs)
         split_experts(model, at_once=experts_at_once)
@@ -153,6 +190,7 @@ def train_lora(
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        quantization_config=quantization,
         callbacks=[CompleteCheckpoints()],
     )
     if callback_of:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes of one launch: the weights of one process with the same rows a step, whoever resumes whose checkpoint."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import REPOSITORY, SHORT, instruct_tune, shell, train_expert
+from finteam_experts.models import load_model
+from finteam_experts.runs import read_record
+
+# float32 sums in another order, through four steps of Adam, which divides small gradients by small numbers
+CLOSE = {"rtol": 0, "atol": 2e-4}
+LEARNED = 1e-2  # what the same steps change: fifty times as much
+FAST = ("--learning_rate", 1e-2, "--warmup_steps", 0, "--lr_scheduler_type", "constant")
+
+
+def launch(processes, recipe, yaml, *arguments, at_step=None):
+    """Launch a recipe with so many processes; `at_step` kills all of them once that checkpoint is complete."""
+    script = REPOSITORY / "recipes" / recipe
+    if at_step:
+        script = arguments[1] / "cut_off.py"  # beside the run folder's contents
+        script.write_text(CUT_OFF.format(script=REPOSITORY / "recipes" / recipe, step=at_step))
+    return shell(
+        "torchrun", "--standalone", "--nproc_per_node", processes, script, "--config", f"recipes/sample/{yaml}.yaml",
+        *arguments, *SHORT, *FAST,
+    )  # fmt: skip
+
+
+CUT_OFF = """
+import os, runpy
+from finteam_experts import training
+marked = training.CompleteCheckpoints.on_save
+def on_save(self, args, state, control, **kwargs):
+    marked(self, args, state, control, **kwargs)
+    if state.global_step == {step}:
+        training.PartialState().wait_for_everyone()
+        os._exit(9)
+training.CompleteCheckpoints.on_save = on_save
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+def assert_same_training(one, other, before):
+    """The weights of two trainings are close to each other, and far from those they began with."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], **CLOSE)
+    assert max((one[name] - before[name]).abs().max() for name in one if name in before) > LEARNED
+
+
+def test_expert_of_two_processes_equals_that_of_one(new_run, tmp_path):
+    other = shutil.copytree(new_run, tmp_path / "other")
+    rows = ("--rows_per_step", 4, "--max_length", 64)
+    train_expert(new_run, "macro", *rows, *FAST, "--per_device_train_batch_size", 4)
+    ended = launch(2, "train_expert.py", "train_expert", "--run_dir", other, "--role", "macro", *rows,
+                   "--per_device_train_batch_size", 2)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    one, two = (load_file(run / "adapters/macro/adapter_model.safetensors") for run in (new_run, other))
+    untrained = {name: torch.zeros_like(tensor) for name, tensor in one.items() if "lora_B" in name}
+    assert_same_training(one, two, untrained)
+
+
+@pytest.mark.parametrize("what", ["moe", "dense"])
+def test_model_tuned_by_two_processes_equals_that_of_one(copied_run, tmp_path, what):
+    target = f"{what}-instruct"
+    shutil.rmtree(copied_run / target)
+    other = shutil.copytree(copied_run, tmp_path / "other")
+    instruct_tune(copied_run, what, *FAST, "--rows_per_step", 4, "--per_device_train_batch_size", 4)
+    ended = launch(2, "instruct_tune.py", f"instruct_tune_{what}", "--run_dir", other, "--rows_per_step", 4,
+                   "--per_device_train_batch_size", 2)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    start = "moe" if what == "moe" else "base"
+    before, one, two = (
+        load_model(folder).state_dict() for folder in (copied_run / start, copied_run / target, other / target)
+    )
+    assert_same_training(one, two, before)
+    one, two = (read_record(run / target)["results"] for run in (copied_run, other))
+    assert (one["rows_seen"], one["train_tokens"]) == (two["rows_seen"], two["train_tokens"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_resumes(new_run, tmp_path, before, after):
+    straight = shutil.copytree(new_run, tmp_path / "straight")
+    rows = ("--role", "macro", "--rows_per_step", 4, "--per_device_train_batch_size", 2, "--max_length", 64)
+    train_expert(straight, *rows[1:], *FAST)
+    cut_off = launch(before, "train_expert.py", "train_expert", "--run_dir", new_run, *rows, at_step=2)
+    assert cut_off.returncode != 0
+    assert not (new_run / "adapters/macro").exists()
+    ended = launch(after, "train_expert.py", "train_expert", "--run_dir", new_run, *rows)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "Resuming from step 2" in ended.stdout
+    one, two = (load_file(run / "adapters/macro/adapter_model.safetensors") for run in (straight, new_run))
+    assert_same_training(
+        one, two, {name: torch.zeros_like(tensor) for name, tensor in one.items() if "lora_B" in name}
+    )
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_once(new_run):
+    ended = launch(2, "train_expert.py", "train_expert", "--run_dir", new_run, "--role", "macro", "--rows_per_step", 5)
+    assert ended.returncode != 0
+    assert ended.stderr.count("rows_per_step is 5, which 2 processes") == 1
+    assert not (new_run / "adapters").exists()
