@@ -92,7 +92,7 @@ def test_interrupted_between_training_and_merge(copied_run, monkeypatch):
     results = read_record(copied_run / "moe-instruct")["results"]
     shutil.rmtree(copied_run / "moe-instruct")
     with monkeypatch.context() as patched:
-        patched.setattr("finteam_experts.models.PeftModel.from_pretrained", _interrupt)
+        patched.setattr("finteam_experts.adapter_merge.set_peft_model_state_dict", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             instruct_tune(copied_run, "moe")
     instruct_tune(copied_run, "moe")
