@@ -30,7 +30,7 @@ from finteam_experts.models import (
 )
 from finteam_experts.routing import RoutingCallback
 from finteam_experts.shards import weight_files
-from finteam_experts.tasks import TASKS, chat, render
+from finteam_experts.tasks import TASKS, conversation
 from finteam_experts.training import (
     ADAPTER,
     BaseModelConfig,
@@ -75,14 +75,8 @@ def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, arg
     """The train rows of all tasks as prompt and completion, shuffled."""
     for task in TASKS:
         read_task(data, task, "test")  # refuses test rows that are in train, before hours are spent
-    rows = [
-        {
-            "prompt": chat(render(TASKS[task], row, tokenizer)),
-            "completion": [{"role": "assistant", "content": row["label"]}],
-        }
-        for task, row in tuning_rows(data, seed, args.limits(), hold_out=args.hold_out_validation)
-    ]
-    return Dataset.from_list(rows)
+    rows = tuning_rows(data, seed, args.limits(), hold_out=args.hold_out_validation)
+    return Dataset.from_list([conversation(TASKS[task], row, tokenizer) for task, row in rows])
 
 
 def routing_callback(

@@ -4,6 +4,9 @@
 import torch
 from trl import SFTTrainer
 
+# A CPU compiles its kernels anew for every new number of tokens in bfloat16: batches are filled up to a multiple of this.
+TOKENS = 32
+
 
 class CompactHeadSFTTrainer(SFTTrainer):
     """On a CPU, runs the vocabulary head once, and only on the positions that carry a label.
@@ -21,6 +24,8 @@ class CompactHeadSFTTrainer(SFTTrainer):
         model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
+        if self.args.bf16:
+            model_inputs = _filled_up(model_inputs)
         outputs = model(**model_inputs, use_cache=False, logits_to_keep=positions)
         logits, targets = outputs.logits[0].float(), labels[positions]  # [labelled positions, vocabulary]
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -40,3 +45,10 @@ class CompactHeadSFTTrainer(SFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
+
+
+def _filled_up(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A padding-free batch with its first tokens once more at the end: no label reads them, and a router's load stays its own."""
+    missing = -inputs["input_ids"].shape[1] % TOKENS
+    longer = {key: torch.cat([inputs[key], inputs[key][:, :missing]], dim=1) for key in ("input_ids", "position_ids")}
+    return inputs | longer

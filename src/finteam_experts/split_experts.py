@@ -46,14 +46,22 @@ class SplitExperts(nn.Module):
             chosen = torch.isin(top_k_index, drawn.to(top_k_index.device))
             top_k_weights = top_k_weights * chosen
             top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
+        all_of_all = top_k_index.shape[-1] == len(self.experts) and not self.at_once
         for place, expert in enumerate(self.experts):
+            if all_of_all:  # nothing to gather
+                gate = (top_k_weights * (top_k_index == place)).sum(-1, keepdim=True)
+                mixed = mixed + (self._output(expert, hidden_states) * gate).to(mixed.dtype)
+                continue
             token, choice = torch.where((top_k_index == place) & chosen)
             if not len(token) and not self.training:  # while training, every process has to use the same parameters
                 continue
             own = nn.functional.pad(hidden_states[token], (0, 0, 0, -len(token) % ROWS))
-            own = expert["down_proj"](self.act_fn(expert["gate_proj"](own)) * expert["up_proj"](own))[: len(token)]
+            own = self._output(expert, own)[: len(token)]
             mixed = mixed.index_add(0, token, (own * top_k_weights[token, choice, None]).to(mixed.dtype))
         return mixed
+
+    def _output(self, expert: nn.ModuleDict, hidden_states: torch.Tensor) -> torch.Tensor:
+        return expert["down_proj"](self.act_fn(expert["gate_proj"](hidden_states)) * expert["up_proj"](hidden_states))
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

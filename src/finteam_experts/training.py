@@ -27,9 +27,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from finteam_experts import runs
+from finteam_experts import runs, sequence_attention
 from finteam_experts.adapter_merge import merge_adapter
 from finteam_experts.errors import InputError, nearest
+from finteam_experts.fused_lora import fuse_lora
 from finteam_experts.models import MLP_MODULES, adapts_split_experts
 from finteam_experts.release import COMPANION_FILES
 from finteam_experts.sft import CompactHeadSFTTrainer
@@ -162,6 +163,9 @@ def train_lora(
         torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
     set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
     options = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
+    on_cpu = training_args.device.type == "cpu"
+    if on_cpu and not model_args.attn_implementation:
+        options["attn_implementation"] = sequence_attention.NAME
     training_args.model_init_kwargs = {**options, **(training_args.model_init_kwargs or {})}
     quantization = get_quantization_config(model_args)
     model = str(model_folder)
@@ -193,6 +197,8 @@ def train_lora(
         quantization_config=quantization,
         callbacks=[CompleteCheckpoints()],
     )
+    if on_cpu:
+        fuse_lora(trainer.model)
     if callback_of:
         trainer.add_callback(callback_of(trainer))
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None

@@ -61,6 +61,14 @@ def chat(prompt: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
 
 
+def conversation(
+    task: Task, row: dict[str, str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[dict[str, str]]]:
+    """A train row as TRL takes it: the chat up to the answer as prompt, the answer as completion."""
+    prompt = chat(render(task, row, tokenizer))
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": row["label"]}]}
+
+
 def task_cards() -> list[dict[str, str | list[str]]]:
     """The tasks as JSON-ready rows, for readers without this package."""
     return [
