@@ -7,9 +7,13 @@
 Reads RUN_DIR/data and RUN_DIR/moe (or the dense base), writes RUN_DIR/moe-instruct (or RUN_DIR/dense-instruct): the
 adapter merged into the model, with the base's tokenizer, chat template and generation config. The loss is on the
 answers only.
+
+`--start_from expert --role ROLE` tunes RUN_DIR/experts/ROLE by itself, on the same rows in an order of its own, and writes
+RUN_DIR/experts-instruct/ROLE. When all of the team are tuned, scripts/join_experts.py makes RUN_DIR/moe-instruct of them.
 """
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from finteam_experts import runs
 from finteam_experts.batches import encode
 from finteam_experts.data import read_corpus, read_task, row_limits, task_file, tuning_rows
-from finteam_experts.errors import run
+from finteam_experts.errors import InputError, run
 from finteam_experts.models import (
     check_base,
     fingerprint,
@@ -44,12 +48,13 @@ from finteam_experts.training import (
 )
 
 ROUTING_TOKENS = 96
-OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
+OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct", "expert": "experts-instruct"}
 
 
 @dataclass
 class TuneArguments(RunArguments):
     start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
+    role: str | None = field(default=None, metadata={"help": "Which expert, for start_from expert."})
     rows_per_task: int | None = field(default=None, metadata={"help": "At most so many train rows of each task."})
     rows_of_task: dict | str | None = field(
         default=None, metadata={"help": "Another limit for some tasks, as {stock_movement: 160}."}
@@ -94,9 +99,19 @@ def main() -> None:
     script_args, training_args, model_args = parse((TuneArguments, SFTConfig, BaseModelConfig))
     share_batch(script_args.rows_per_step, training_args)
     run_dir, data = Path(script_args.run_dir), script_args.data_folder()
+    if (script_args.start_from == "expert") != bool(script_args.role):
+        raise InputError(
+            f"start_from is {script_args.start_from} and role {script_args.role}: a role names the expert that is tuned by "
+            "itself, with --start_from expert and not otherwise."
+        )
     if script_args.start_from == "moe":
         start = run_dir / "moe"
         record = runs.require(start, "python scripts/merge_moe.py")
+    elif script_args.start_from == "expert":
+        start = run_dir / "experts" / script_args.role
+        record = runs.require(start, "python scripts/merge_moe.py")
+        if training_args.data_seed is None:  # experts that see the rows in different orders err differently
+            training_args.data_seed = random.Random(f"{training_args.seed} {script_args.role}").randrange(2**31)
     else:
         start, record = local_folder(model_args.model_name_or_path or str(run_dir / "base")), {}
         check_base(start)
@@ -105,7 +120,7 @@ def main() -> None:
     callback_of = routing_callback(script_args, data, team, tokenizer)
     dataset = conversations(data, tokenizer, training_args.seed, script_args)
 
-    target = run_dir / OUTPUTS[script_args.start_from]
+    target = run_dir / OUTPUTS[script_args.start_from] / (script_args.role or "")
     inputs = {
         "model": fingerprint(start),
         "tasks": {task: runs.file_hash(task_file(data, task, "train")) for task in TASKS},

@@ -9,10 +9,12 @@ that was cut off goes on from its last checkpoint. `--only` also names levers, w
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -52,27 +54,75 @@ def tune(
 ) -> tuple[Path, dict[str, Any] | None]:
     """The contestant's model below `folder`, tuned if it is to be, and what its tuning took."""
     dense = AutoConfig.from_pretrained(start).model_type != "mixtral"
-    place = folder / ("base" if dense else "moe")
-    place.unlink(missing_ok=True)
-    place.symlink_to(start.absolute(), target_is_directory=True)  # steps expect it inside their run folder
+    place = _linked(folder / ("base" if dense else "moe"), start)  # steps expect it inside their run folder
     if not contestant.recipe:
         return place, None
+    if contestant.experts:
+        return tune_experts(comparison, starts, contestant, seed, start, folder)
     model = folder / ("dense-instruct" if dense else "moe-instruct")
+    arguments = ("--base", start) if dense else ()
+    return model, _summary([_launch(comparison, starts, contestant, seed, folder, model, *arguments)])
+
+
+def tune_experts(
+    comparison: Comparison, starts: Starts, contestant: Contestant, seed: int, start: Path, folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The model joined or averaged from the start's experts, each tuned by itself, and what their tuning took together.
+
+    The tuned experts stay, for whoever else is made of them.
+    """
+    made_of = [contestant.start.split("/")[0], contestant.recipe, contestant.overrides, seed]
+    name = f"experts-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]}-seed{seed}"
+    shared = comparison.run_dir / "runs" / name
+    shared.mkdir(parents=True, exist_ok=True)
+    _linked(shared / "experts", start.parent / "experts")
+    parts = []
+    for role in starts.roles:
+        alone = ("--start_from", "expert", "--role", role)
+        parts.append(_launch(comparison, starts, contestant, seed, shared, shared / "experts-instruct" / role, *alone))
+    for part in ("experts", "experts-instruct"):
+        _linked(folder / part, shared / part)
+    averaged = contestant.experts == "averaged"
+    step("scripts/join_experts.py", "--run_dir", folder, *(["--average"] if averaged else []))
+    return folder / ("average-instruct" if averaged else "moe-instruct"), _summary(parts)
+
+
+def _linked(place: Path, target: Path) -> Path:
+    place.unlink(missing_ok=True)
+    place.symlink_to(target.absolute(), target_is_directory=True)
+    return place
+
+
+def _launch(
+    comparison: Comparison,
+    starts: Starts,
+    contestant: Contestant,
+    seed: int,
+    run_dir: Path,
+    model: Path,
+    *arguments: object,
+) -> dict[str, Any]:
+    """Tune `model`, a folder of `run_dir`: its record's results, with the `seconds` that it took if they are known."""
     began, fresh = time.monotonic(), not model.exists() and not runs.work_folder(model).exists()
-    arguments = ["--config", contestant.recipe, "--run_dir", folder, "--seed", seed]
-    if dense:
-        arguments += ["--base", start]
-    starts.launch("recipes/instruct_tune.py", *arguments, overrides={**comparison.overrides, **contestant.overrides})
-    results = runs.read_record(model)["results"]
-    later = [entry["loss"] for entry in results["log"] if entry["step"] > results["steps"] / 2]
-    tuning = {
-        **{key: results[key] for key in ("trainable_parameters", "rows_seen", "train_tokens", "steps")},
-        "seconds": round(time.monotonic() - began) if fresh else None,  # of a resumed run it is not known
-        "final_loss": results["log"][-1]["loss"],
-        "second_half_loss": sum(later) / len(later),  # of rows not seen before: there is one epoch
-        "routing": results["routing"],
+    options = ("--config", contestant.recipe, "--run_dir", run_dir, "--seed", seed, *arguments)
+    starts.launch("recipes/instruct_tune.py", *options, overrides={**comparison.overrides, **contestant.overrides})
+    return {**runs.read_record(model)["results"], "seconds": round(time.monotonic() - began) if fresh else None}
+
+
+def _summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one or several trainings took together; losses are their mean."""
+    later = [[e["loss"] for e in part["log"] if e["step"] > part["steps"] / 2] for part in parts]
+    seconds = [part["seconds"] for part in parts]
+    return {
+        "trainable_parameters": sum(part["trainable_parameters"] for part in parts),
+        "rows_seen": parts[0]["rows_seen"],
+        "train_tokens": sum(part["train_tokens"] for part in parts),
+        "steps": parts[0]["steps"],
+        "seconds": None if None in seconds else sum(seconds),
+        "final_loss": mean(part["log"][-1]["loss"] for part in parts),
+        "second_half_loss": mean(map(mean, later)),  # in a first epoch, of rows not seen before
+        "routing": parts[0]["routing"],
     }
-    return model, tuning
 
 
 def score(

@@ -45,6 +45,22 @@ def comparison_file(folder: Path, **changes) -> Path:
             {"name": "average", "title": "average", "start": "half/average"},
             {"name": "hidden", "title": "hidden", "start": "half/moe-hidden"},
             {"name": "team", "title": "team", "start": "half/moe", "recipe": MOE, "overrides": short, "keep": True},
+            {
+                "name": "apart",
+                "title": "apart",
+                "start": "half/moe",
+                "recipe": DENSE,
+                "overrides": short,
+                "experts": "joined",
+            },
+            {
+                "name": "soup",
+                "title": "soup",
+                "start": "half/moe",
+                "recipe": DENSE,
+                "overrides": short,
+                "experts": "averaged",
+            },
         ],
         "levers": [{"name": "all-three", "title": "all three", "start": "half/moe-top3"}],
     }
@@ -94,11 +110,19 @@ def test_every_contestant_leaves_its_figures(compared, toy_data):
             assert all(len(part["predictions"]) == part["n"] == 10 for part in result["test"]["tasks"].values())
             assert ("valid" in result) == (seed == 0 and contestant.name in ("team", "dense"))
             assert (result["tuning"] is None) == (contestant.recipe is None)
-            assert ("routing" not in result["test"]) == (contestant.name not in ("hidden", "team"))
+            assert ("routing" not in result["test"]) == (contestant.name not in ("hidden", "team", "apart"))
     team = json.loads((compared / "results/team-seed0.json").read_text())
     assert team["tuning"]["steps"] == 4
     assert team["tuning"]["train_tokens"] > 0
     assert team["parameters"]["active"] < team["parameters"]["total"]
+    apart, soup, dense = (
+        json.loads((compared / f"results/{name}-seed0.json").read_text()) for name in ("apart", "soup", "dense")
+    )
+    assert apart["tuning"] == soup["tuning"] | {"seconds": apart["tuning"]["seconds"]}  # the experts were tuned once
+    assert apart["tuning"]["steps"] == dense["tuning"]["steps"]
+    assert apart["tuning"]["trainable_parameters"] == 3 * dense["tuning"]["trainable_parameters"]
+    assert apart["tuning"]["train_tokens"] > 2 * dense["tuning"]["train_tokens"]
+    assert (apart["parameters"], soup["parameters"]) == (team["parameters"], dense["parameters"])
     assert (compared / "run/runs/team-seed0/moe-instruct").is_dir()
     assert not (compared / "run/runs/dense-seed0/dense-instruct").exists()  # scored, and not to be kept
     matrix = json.loads((compared / "results/perplexity.json").read_text())

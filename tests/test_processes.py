@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes of one launch: the weights of one process with the same rows a step, whoever resumes whose checkpoint."""
 
+import contextlib
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import REPOSITORY, SHORT, instruct_tune, shell, train_expert
+from conftest import REPOSITORY, SHORT, instruct_tune, train_expert
 from finteam_experts.models import load_model
 from finteam_experts.runs import read_record
 
@@ -18,15 +25,41 @@ FAST = ("--learning_rate", 1e-2, "--warmup_steps", 0, "--lr_scheduler_type", "co
 
 
 def launch(processes, recipe, yaml, *arguments, at_step=None):
-    """Launch a recipe with so many processes; `at_step` kills all of them once that checkpoint is complete."""
+    """Start a recipe in so many processes, with the environment that torchrun gives them, and end all when one fails.
+
+    `at_step` kills all of them once that checkpoint is complete.
+    """
     script = REPOSITORY / "recipes" / recipe
     if at_step:
         script = arguments[1] / "cut_off.py"  # beside the run folder's contents
         script.write_text(CUT_OFF.format(script=REPOSITORY / "recipes" / recipe, step=at_step))
-    return shell(
-        "torchrun", "--standalone", "--nproc_per_node", processes, script, "--config", f"recipes/sample/{yaml}.yaml",
-        *arguments, *SHORT, *FAST,
-    )  # fmt: skip
+    words = (sys.executable, script, "--config", f"recipes/sample/{yaml}.yaml", *arguments, *SHORT, *FAST)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    with contextlib.ExitStack() as stack:
+        outputs = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in "oe"] for _ in range(processes)]
+        started = [
+            subprocess.Popen(
+                list(map(str, words)), cwd=REPOSITORY, stdout=out, stderr=err,
+                env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)},
+            )
+            for rank, (out, err) in enumerate(outputs)
+        ]  # fmt: skip
+        deadline = time.monotonic() + 200
+        while any(process.poll() is None for process in started):
+            if time.monotonic() > deadline or any(process.returncode for process in started):
+                time.sleep(1)  # for the others to fail by themselves
+                for process in started:
+                    process.kill()
+            time.sleep(0.1)
+        codes = [process.wait() for process in started]
+        texts = []
+        for files in zip(*outputs, strict=True):
+            for file in files:
+                file.seek(0)
+            texts.append("".join(file.read() for file in files))
+    return subprocess.CompletedProcess(words, next(filter(None, codes), 0), *texts)
 
 
 CUT_OFF = """

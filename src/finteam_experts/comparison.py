@@ -3,7 +3,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,9 @@ class Contestant(_Strict):
     recipe: str | None = None
     seeds: tuple[int, ...] = (0,)
     overrides: dict[str, Any] = {}
+    experts: Literal["joined", "averaged"] | None = (
+        None  # each of the team's experts is tuned by itself, then they are
+    )
     keep: bool = False  # the tuned model, once it is scored
 
 
@@ -75,6 +78,11 @@ def read_comparison(path: Path) -> Comparison:
             raise InputError(
                 f"{path}: {contestant.name} starts from '{contestant.start}': a start is base, or a folder of one of the "
                 f"teams {', '.join(comparison.teams)}."
+            )
+        if contestant.experts and not (contestant.recipe and contestant.start.partition("/")[2].startswith("moe")):
+            raise InputError(
+                f"{path}: {contestant.name} has experts to be {contestant.experts}: it needs a recipe to tune each of them "
+                f"with, and a team's moe as start; found '{contestant.start}' and {contestant.recipe}."
             )
     return comparison
 

@@ -37,9 +37,10 @@ def set_gates(model: torch.nn.Module, gates: torch.Tensor) -> None:
 
 
 def read_gates(folder: Path) -> torch.Tensor:
-    """All gates of the MoE in `folder`, as mergekit wrote it, in fp32."""
-    found = dict(stored_tensors(folder, lambda name: name.endswith(".mlp.gate.weight")))
-    return torch.stack([found[_GATE.format(layer)] for layer in range(len(found))]).float()
+    """All gates of the MoE in `folder`, in mergekit's layout or in that of a release, in fp32."""
+    found = stored_tensors(folder, lambda name: name.endswith(".gate.weight"))
+    by_layer = {int(name.split(".")[2]): gate for name, gate in found}  # model.layers.N.
+    return torch.stack([by_layer[layer] for layer in range(len(by_layer))]).float()
 
 
 def load_gates(moe: Path, kind: str) -> torch.Tensor:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step will take, from configs alone: parameters, memory of each device by part, FLOPs, time and disk.
+
+The models are built without memory (on the meta device) and adapted by PEFT itself, so that parameters are counted, not
+estimated. A LoRA's forward pass takes two FLOPs a parameter and token; its backward pass as many again, for gradients of the
+inputs but none of frozen weights (a full training would take four: Kaplan et al. 2020, arXiv:2001.08361).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import init_empty_weights
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig
+
+from finteam_experts.models import adapts_split_experts
+from finteam_experts.split_experts import split_experts
+
+GIB = 2**30
+FLOAT = 4  # bytes: PEFT trains adapters in float32
+ADAM = 2 * FLOAT
+# What a process holds before it has a model: interpreter and libraries on a CPU; context, kernels and NCCL's buffers on a GPU.
+PROCESS_GIB = {"cpu": 0.75, "gpu": 2.0}
+LOGITS_ON_GPU = 256  # positions whose logits TRL's fused head holds at once
+
+
+@dataclass(frozen=True)
+class Devices:
+    """`count` devices of `memory_gib` each, `tflops` of bfloat16 a device at its best, of which `utilisation` is reached."""
+
+    count: int
+    memory_gib: float
+    tflops: float
+    utilisation: float
+    kind: str = "gpu"
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings of a step that decide what it takes."""
+
+    sequences: int  # a device and micro-step
+    tokens: int  # a sequence
+    labelled: int  # tokens of them that carry a label
+    accumulation: int
+    steps: int
+    checkpointing: bool
+    weight_bytes: float  # of a frozen parameter
+    activation_bytes: int
+    sharded: bool
+    lora: dict[str, Any]
+
+    def tokens_of_run(self, devices: int) -> int:
+        return self.steps * self.accumulation * self.sequences * self.tokens * devices
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's parameters, by what matters to a plan."""
+
+    total: int
+    active: int
+    trainable: int
+    embedding: int  # parameters that are looked up, not multiplied
+    layer: int  # of the largest decoder layer
+    config: PretrainedConfig
+
+
+def moe_config(dense: PretrainedConfig, experts: int, used: int) -> MixtralConfig:
+    """The config of the MoE that mergekit makes from that many experts of a dense base."""
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings", "dtype",
+    )  # fmt: skip
+    kept = {key: getattr(dense, key) for key in same}
+    return MixtralConfig(**kept, num_local_experts=experts, num_experts_per_tok=used)
+
+
+def shape(config: PretrainedConfig, lora: dict[str, Any] | None) -> Shape:
+    """Count a model's parameters, and those that a LoRA of these settings trains; nothing is loaded."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    unused = 1 - config.num_experts_per_tok / config.num_local_experts if experts else 0
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    trainable = 0
+    if lora:
+        if adapts_split_experts(config, lora.get("target_modules")):
+            split_experts(model)
+        with init_empty_weights():
+            adapted = get_peft_model(model, LoraConfig(**lora))
+        trainable, _ = adapted.get_nb_trainable_parameters()
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return Shape(total, total - round(experts * unused), trainable, looked_up, max(layers), config)
+
+
+def flops_per_token(model: Shape, tokens: int, checkpointing: bool) -> float:
+    """FLOPs of training on one token of a sequence of so many, with the second forward pass of activation checkpointing."""
+    attention = 2 * model.config.num_hidden_layers * model.config.hidden_size * tokens  # causal: half of all pairs
+    forward = 2 * (model.active - model.embedding) + attention
+    return forward * (3 if checkpointing else 2)
+
+
+def _activations(model: Shape, training: Training) -> float:
+    """Bytes that the backward pass needs of one decoder layer, a token."""
+    config = model.config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    keys = config.num_key_value_heads * head
+    used = getattr(config, "num_experts_per_tok", 1)
+    # Inputs of both norms, in float32 and as they come out; queries, keys, values, the attention's output
+    attention = 2 * (2 * hidden * FLOAT / training.activation_bytes + hidden) + 2 * (
+        config.num_attention_heads * head + 2 * keys
+    )
+    # Of each expert: its input, two projections, the activation, their product and the output
+    mlp = used * (4 * inner + hidden) + hidden
+    return training.activation_bytes * (attention + mlp)
+
+
+def memory(model: Shape, training: Training, devices: Devices) -> dict[str, float]:
+    """GiB on each device, by part."""
+    shards = devices.count if training.sharded else 1
+    config, tokens = model.config, training.sequences * training.tokens
+    a_layer = _activations(model, training) * tokens
+    kept = config.hidden_size * training.activation_bytes * tokens  # of each layer, with checkpointing: its input
+    layers = config.num_hidden_layers
+    labelled = training.sequences * training.labelled
+    positions = min(labelled, LOGITS_ON_GPU) if devices.kind == "gpu" else labelled
+    parts = {
+        "frozen weights": model.total * training.weight_bytes / shards,
+        "adapter, gradients, Adam": model.trainable * (FLOAT + FLOAT + ADAM) / shards,
+        "layers in full": 2 * model.layer * training.weight_bytes
+        if shards > 1
+        else 0,  # one computes, the next is fetched
+        "activations": layers * kept + a_layer if training.checkpointing else layers * a_layer,
+        "logits": 3 * positions * config.vocab_size * FLOAT,  # themselves, their softmax and their gradient
+    }
+    return {name: part / GIB for name, part in parts.items()} | {"process": PROCESS_GIB[devices.kind]}
+
+
+def hours(model: Shape, training: Training, devices: Devices) -> float:
+    """Hours of the run's steps."""
+    tokens = training.tokens_of_run(devices.count)
+    speed = devices.count * devices.tflops * 1e12 * devices.utilisation
+    return tokens * flops_per_token(model, training.tokens, training.checkpointing) / speed / 3600
+
+
+def what_makes_it_fit(model: Shape, training: Training, devices: Devices) -> str | None:
+    """The first change of settings with which a device's memory holds the step; `None` if none of them does."""
+    fewer = {"sequences": 1, "accumulation": training.accumulation * training.sequences}
+    is_dense = model.config.model_type != "mixtral"
+    changes: list[tuple[str, dict[str, Any], int]] = [
+        ("gradient_checkpointing: true", {"checkpointing": True}, devices.count),
+        (
+            f"per_device_train_batch_size: 1, gradient_accumulation_steps: {fewer['accumulation']}",
+            fewer,
+            devices.count,
+        ),
+        ("both: gradient_checkpointing and one row a device", {"checkpointing": True} | fewer, devices.count),
+    ]
+    if devices.count > 1:
+        changes.append(("recipes/accelerate/fsdp2.yaml, and one row a device with gradient_checkpointing",
+                        {"sharded": True, "checkpointing": True} | fewer, devices.count))  # fmt: skip
+    if is_dense:
+        changes.append(("load_in_4bit: true (QLoRA), and one row a device with gradient_checkpointing",
+                        {"weight_bytes": 0.56, "sharded": False, "checkpointing": True} | fewer, devices.count))  # fmt: skip
+    changes += [
+        (f"{count} devices with recipes/accelerate/fsdp2.yaml, and one row a device with gradient_checkpointing",
+         {"sharded": True, "checkpointing": True} | fewer, count)
+        for count in (2, 4, 8, 16, 32, 64) if count > devices.count
+    ]  # fmt: skip
+    for words, change, count in changes:
+        changed = replace(training, **change)
+        if sum(memory(model, changed, replace(devices, count=count)).values()) <= devices.memory_gib:
+            return words
+    return None

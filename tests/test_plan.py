@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: parameters as the real models have them, what does not fit is named with what helps, only configs are read."""
+
+import shutil
+import sys
+
+import pytest
+import yaml
+from transformers import AutoConfig, LlamaConfig
+
+from conftest import REPOSITORY, load_script, shell
+from finteam_experts import planning
+from finteam_experts.errors import InputError
+from finteam_experts.models import load_model, parameter_counts
+from finteam_experts.planning import Devices
+from finteam_experts.runs import read_record
+
+EIGHT_BILLION = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory):
+    """The folder of an 8B base that has a config and nothing else."""
+    folder = tmp_path_factory.mktemp("8b")
+    LlamaConfig(**EIGHT_BILLION).save_pretrained(folder)
+    return folder
+
+
+def lora(name):
+    recipe = yaml.safe_load((REPOSITORY / f"recipes/sample/{name}.yaml").read_text())
+    return load_script("scripts/plan.py").lora_of(recipe) | {"r": 4}  # as the toy run has it
+
+
+def test_parameters_are_those_of_the_models(done_run):
+    dense = AutoConfig.from_pretrained(done_run / "base")
+    moe = planning.moe_config(dense, experts=3, used=2)
+    for config, folder, recipe in ((dense, "base", "instruct_tune_dense"), (moe, "moe", "instruct_tune_moe")):
+        shape = planning.shape(config, lora(recipe))
+        assert shape.total == sum(parameter.numel() for parameter in load_model(done_run / folder).parameters())
+        assert {"total": shape.total, "active": shape.active} == parameter_counts(done_run / folder)
+        tuned = read_record(done_run / ("moe-instruct" if folder == "moe" else "dense-instruct"))["results"]
+        assert shape.trainable == tuned["trainable_parameters"]
+
+
+def test_split_experts_train_what_their_recipe_says(done_run):
+    dense = AutoConfig.from_pretrained(done_run / "base")
+    everywhere = {"r": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+    attention = planning.shape(dense, {"r": 4, "target_modules": ["q_proj"]}).trainable
+    alone = planning.shape(dense, everywhere).trainable
+    team = planning.shape(planning.moe_config(dense, experts=3, used=3), everywhere).trainable
+    assert team - attention == 3 * (alone - attention)
+
+
+def test_flops_are_two_a_parameter_and_pass():
+    config = LlamaConfig(**EIGHT_BILLION)
+    shape = planning.shape(config, None)
+    assert shape.total == 8_030_261_248  # Llama 3.1 8B's
+    multiplied = 8_030_261_248 - 128256 * 4096
+    attention = 2 * 32 * 4096 * 1000
+    assert planning.flops_per_token(shape, 1000, checkpointing=False) == 2 * (2 * multiplied + attention)
+    assert planning.flops_per_token(shape, 1000, checkpointing=True) == 3 * (2 * multiplied + attention)
+
+
+def plan(base, *arguments, recipes="recipes/llama3-8b", **options):
+    return shell(sys.executable, "scripts/plan.py", "--base", base, "--recipes", recipes, *arguments, **options)
+
+
+def test_plan_of_eight_gpus(eight_billion, tmp_path):
+    ended = plan(eight_billion, "--gpus", 8, "--run_dir", tmp_path)
+    assert "8.030 B" in ended.stdout
+    assert "19.305 B" in ended.stdout  # three experts
+    assert "does not fit: step" not in ended.stderr
+    assert [path.name for path in eight_billion.iterdir()] == ["config.json"]
+
+
+def test_one_small_card_is_told_what_fits(eight_billion):
+    ended = plan(eight_billion, "--gpus", 1, "--memory", 24)
+    assert ended.returncode == 1
+    assert "step 1: an expert needs" in ended.stderr
+    assert "load_in_4bit: true (QLoRA)" in ended.stderr
+    assert "step 3: the team needs" in ended.stderr
+    assert "devices with recipes/accelerate/fsdp2.yaml" in ended.stderr
+
+
+def test_a_change_that_is_named_does_fit():
+    shape = planning.shape(
+        LlamaConfig(**EIGHT_BILLION), {"r": 64, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    )
+    recipe = REPOSITORY / "recipes/llama3-8b/train_expert.yaml"
+    training = load_script("scripts/plan.py").training_of(
+        recipe, 1, sharded=False, row_tokens=100, label_tokens=3, rows=1000
+    )
+    card = Devices(count=1, memory_gib=24, tflops=100, utilisation=0.4)
+    before = planning.memory(shape, training, card)
+    assert sum(before.values()) > 24
+    assert planning.what_makes_it_fit(shape, training, card).startswith("load_in_4bit")
+    assert planning.what_makes_it_fit(shape, training, Devices(1, 4, 100, 0.4)) is None
+
+
+def test_pieces_on_more_devices_take_less_of_each():
+    shape = planning.shape(LlamaConfig(**EIGHT_BILLION), {"r": 8, "target_modules": ["q_proj"]})
+    script = load_script("scripts/plan.py")
+    parts = []
+    for count in (2, 8):
+        training = script.training_of(
+            REPOSITORY / "recipes/llama3-8b/instruct_tune_dense.yaml", count, sharded=True, row_tokens=100,
+            label_tokens=3, rows=1000,
+        )  # fmt: skip
+        parts.append(planning.memory(shape, training, Devices(count, 80, 989, 0.4)))
+    assert parts[0]["frozen weights"] == 4 * parts[1]["frozen weights"]
+    assert parts[0]["activations"] == parts[1]["activations"]
+
+
+def test_devices_that_cannot_share_a_batch_and_bases_without_config_are_refused(eight_billion, tmp_path):
+    ended = plan(eight_billion, "--gpus", 7)
+    assert ended.returncode != 0
+    assert "rows_per_step is 64, which 7 devices" in ended.stderr
+    ended = plan(tmp_path, "--gpus", 8, env=None)
+    assert ended.returncode != 0
+    assert "no config could be read" in ended.stderr
+
+
+def test_a_disk_that_is_too_small_is_named(eight_billion, monkeypatch, capsys, tmp_path):
+    script = load_script("scripts/plan.py")
+    monkeypatch.setattr(
+        script.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - 10**9, 10**9)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["plan.py", "--base", str(eight_billion), "--gpus", "8", "--run_dir", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert error.value.code == 1
+    assert "has 1 GB free: name another with --run_dir" in capsys.readouterr().err
+
+
+def test_refusal_is_an_input_error(eight_billion):
+    with pytest.raises(InputError, match="no config could be read"):
+        load_script("scripts/plan.py").read_config(str(eight_billion / "nothing"))
