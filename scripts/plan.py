@@ -23,6 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
 
 from finteam_experts import planning
+from finteam_experts.data import row_limits
 from finteam_experts.errors import InputError, run
 from finteam_experts.merge_config import MERGE_FILE, read_merge_config, roles, trained_roles
 from finteam_experts.planning import Devices, Shape, Training
@@ -69,6 +70,8 @@ def training_of(path: Path, devices: int, *, sharded: bool, row_tokens: int, lab
     tokens = recipe["max_length"] if packed else row_tokens
     steps = recipe["max_steps"]
     if steps < 0:
+        limits = row_limits(recipe.get("rows_per_task"), recipe.get("rows_of_task")).values()
+        rows = rows if None in limits else sum(limits)
         steps = round(recipe["num_train_epochs"] * rows / (batch * accumulation * devices))
     weight = 0.56 if recipe.get("load_in_4bit") else 2 if recipe.get("dtype") == "bfloat16" else planning.FLOAT
     return Training(

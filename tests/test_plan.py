@@ -2,13 +2,12 @@
 """The plan: parameters as the real models have them, what does not fit is named with what helps, only configs are read."""
 
 import shutil
-import sys
 
 import pytest
 import yaml
 from transformers import AutoConfig, LlamaConfig
 
-from conftest import REPOSITORY, load_script, shell
+from conftest import REPOSITORY, call, load_script
 from finteam_experts import planning
 from finteam_experts.errors import InputError
 from finteam_experts.models import load_model, parameter_counts
@@ -64,25 +63,33 @@ def test_flops_are_two_a_parameter_and_pass():
     assert planning.flops_per_token(shape, 1000, checkpointing=True) == 3 * (2 * multiplied + attention)
 
 
-def plan(base, *arguments, recipes="recipes/llama3-8b", **options):
-    return shell(sys.executable, "scripts/plan.py", "--base", base, "--recipes", recipes, *arguments, **options)
+@pytest.fixture
+def plan(capsys):
+    """Runs plan.py in this process: its exit code, and what it printed to both streams."""
+
+    def run(base, *arguments, recipes="recipes/llama3-8b"):
+        with pytest.raises(SystemExit) as ended:
+            call("scripts/plan.py", "--base", base, "--recipes", REPOSITORY / recipes, *arguments)
+        return ended.value.code, *capsys.readouterr()
+
+    return run
 
 
-def test_plan_of_eight_gpus(eight_billion, tmp_path):
-    ended = plan(eight_billion, "--gpus", 8, "--run_dir", tmp_path)
-    assert "8.030 B" in ended.stdout
-    assert "19.305 B" in ended.stdout  # three experts
-    assert "does not fit: step" not in ended.stderr
+def test_plan_of_eight_gpus(plan, eight_billion, tmp_path):
+    _, printed, problems = plan(eight_billion, "--gpus", 8, "--run_dir", tmp_path)
+    assert "8.030 B" in printed
+    assert "19.305 B" in printed  # three experts
+    assert "does not fit: step" not in problems
     assert [path.name for path in eight_billion.iterdir()] == ["config.json"]
 
 
-def test_one_small_card_is_told_what_fits(eight_billion):
-    ended = plan(eight_billion, "--gpus", 1, "--memory", 24)
-    assert ended.returncode == 1
-    assert "step 1: an expert needs" in ended.stderr
-    assert "load_in_4bit: true (QLoRA)" in ended.stderr
-    assert "step 3: the team needs" in ended.stderr
-    assert "devices with recipes/accelerate/fsdp2.yaml" in ended.stderr
+def test_one_small_card_is_told_what_fits(plan, eight_billion):
+    code, _, problems = plan(eight_billion, "--gpus", 1, "--memory", 24)
+    assert code == 1
+    assert "step 1: an expert needs" in problems
+    assert "load_in_4bit: true (QLoRA)" in problems
+    assert "step 3: the team needs" in problems
+    assert "devices with recipes/accelerate/fsdp2.yaml" in problems
 
 
 def test_a_change_that_is_named_does_fit():
@@ -115,28 +122,15 @@ def test_pieces_on_more_devices_take_less_of_each():
 
 
 def test_devices_that_cannot_share_a_batch_and_bases_without_config_are_refused(eight_billion, tmp_path):
-    ended = plan(eight_billion, "--gpus", 7)
-    assert ended.returncode != 0
-    assert "rows_per_step is 64, which 7 devices" in ended.stderr
-    ended = plan(tmp_path, "--gpus", 8, env=None)
-    assert ended.returncode != 0
-    assert "no config could be read" in ended.stderr
-
-
-def test_a_disk_that_is_too_small_is_named(eight_billion, monkeypatch, capsys, tmp_path):
-    script = load_script("scripts/plan.py")
-    monkeypatch.setattr(
-        script.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - 10**9, 10**9)
-    )
-    monkeypatch.setattr(
-        sys, "argv", ["plan.py", "--base", str(eight_billion), "--gpus", "8", "--run_dir", str(tmp_path)]
-    )
-    with pytest.raises(SystemExit) as error:
-        script.main()
-    assert error.value.code == 1
-    assert "has 1 GB free: name another with --run_dir" in capsys.readouterr().err
-
-
-def test_refusal_is_an_input_error(eight_billion):
+    with pytest.raises(InputError, match="rows_per_step is 64, which 7 devices"):
+        call("scripts/plan.py", "--base", eight_billion, "--recipes", REPOSITORY / "recipes/llama3-8b", "--gpus", 7)
     with pytest.raises(InputError, match="no config could be read"):
-        load_script("scripts/plan.py").read_config(str(eight_billion / "nothing"))
+        call("scripts/plan.py", "--base", tmp_path / "nothing", "--gpus", 8)
+
+
+def test_a_disk_that_is_too_small_is_named(plan, eight_billion, monkeypatch, tmp_path):
+    free = shutil.disk_usage(tmp_path)._replace(free=10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    code, _, problems = plan(eight_billion, "--gpus", 8, "--run_dir", tmp_path)
+    assert code == 1
+    assert "has 1 GB free: name another with --run_dir" in problems

@@ -63,6 +63,7 @@ class Shape:
     trainable: int
     embedding: int  # parameters that are looked up, not multiplied
     layer: int  # of the largest decoder layer
+    adapted_experts: int  # parameters of fused experts with a LoRA: PEFT adds it to a copy of them
     config: PretrainedConfig
 
 
@@ -93,7 +94,8 @@ def shape(config: PretrainedConfig, lora: dict[str, Any] | None) -> Shape:
             adapted = get_peft_model(model, LoraConfig(**lora))
         trainable, _ = adapted.get_nb_trainable_parameters()
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return Shape(total, total - round(experts * unused), trainable, looked_up, max(layers), config)
+    fused = experts if (lora or {}).get("target_parameters") else 0
+    return Shape(total, total - round(experts * unused), trainable, looked_up, max(layers), fused, config)
 
 
 def flops_per_token(model: Shape, tokens: int, checkpointing: bool) -> float:
@@ -126,6 +128,7 @@ def memory(model: Shape, training: Training, devices: Devices) -> dict[str, floa
     a_layer = _activations(model, training) * tokens
     kept = config.hidden_size * training.activation_bytes * tokens  # of each layer, with checkpointing: its input
     layers = config.num_hidden_layers
+    copies = model.adapted_experts * training.weight_bytes / (layers if training.checkpointing else 1)
     labelled = training.sequences * training.labelled
     positions = min(labelled, LOGITS_ON_GPU) if devices.kind == "gpu" else labelled
     parts = {
@@ -134,6 +137,7 @@ def memory(model: Shape, training: Training, devices: Devices) -> dict[str, floa
         "layers in full": 2 * model.layer * training.weight_bytes
         if shards > 1
         else 0,  # one computes, the next is fetched
+        "adapted copies of experts": copies,
         "activations": layers * kept + a_layer if training.checkpointing else layers * a_layer,
         "logits": 3 * positions * config.vocab_size * FLOAT,  # themselves, their softmax and their gradient
     }
