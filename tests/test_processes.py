@@ -24,15 +24,16 @@ LEARNED = 1e-2  # what the same steps change: fifty times as much
 FAST = ("--learning_rate", 1e-2, "--warmup_steps", 0, "--lr_scheduler_type", "constant")
 
 
-def launch(processes, recipe, yaml, *arguments, at_step=None):
+def launch(processes, recipe, yaml, *arguments, instead=None):
     """Start a recipe in so many processes, with the environment that torchrun gives them, and end all when one fails.
 
-    `at_step` kills all of them once that checkpoint is complete.
+    `instead` is the source of a script that changes something and then runs the recipe.
     """
     script = REPOSITORY / "recipes" / recipe
-    if at_step:
-        script = arguments[1] / "cut_off.py"  # beside the run folder's contents
-        script.write_text(CUT_OFF.format(script=REPOSITORY / "recipes" / recipe, step=at_step))
+    if instead:
+        changed = arguments[1] / "changed.py"  # beside the run folder's contents
+        changed.write_text(instead.format(script=script))
+        script = changed
     words = (sys.executable, script, "--config", f"recipes/sample/{yaml}.yaml", *arguments, *SHORT, *FAST)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,16 +63,43 @@ def launch(processes, recipe, yaml, *arguments, at_step=None):
     return subprocess.CompletedProcess(words, next(filter(None, codes), 0), *texts)
 
 
+# All processes die once the checkpoint of step 2 is complete.
 CUT_OFF = """
 import os, runpy
 from finteam_experts import training
 marked = training.CompleteCheckpoints.on_save
 def on_save(self, args, state, control, **kwargs):
     marked(self, args, state, control, **kwargs)
-    if state.global_step == {step}:
+    if state.global_step == 2:
         training.PartialState().wait_for_everyone()
         os._exit(9)
 training.CompleteCheckpoints.on_save = on_save
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+# accelerate shards models on accelerators only: here the CPUs pass for some. Fails unless the parameters are in pieces.
+AS_FSDP2 = """
+import os, runpy
+os.environ |= {{
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}}
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from finteam_experts import training
+made, marked = AcceleratorState.__init__, training.CompleteCheckpoints.on_save
+def as_accelerators(self, *args, **kwargs):
+    if not AcceleratorState._shared_state:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    made(self, *args, **kwargs)
+def on_save(self, args, state, control, **kwargs):
+    assert all(isinstance(parameter, DTensor) for parameter in kwargs["model"].parameters())
+    marked(self, args, state, control, **kwargs)
+AcceleratorState.__init__, training.CompleteCheckpoints.on_save = as_accelerators, on_save
 runpy.run_path("{script}", run_name="__main__")
 """
 
@@ -114,12 +142,39 @@ def test_model_tuned_by_two_processes_equals_that_of_one(copied_run, tmp_path, w
     assert (one["rows_seen"], one["train_tokens"]) == (two["rows_seen"], two["train_tokens"])
 
 
+def test_team_in_pieces_on_two_processes_equals_that_of_one(copied_run, tmp_path):
+    """FSDP2 with a LoRA on fused experts and a trained router: the same weights, saved as one process reads them."""
+    shutil.rmtree(copied_run / "moe-instruct")
+    other = shutil.copytree(copied_run, tmp_path / "other")
+    common = (
+        "--rows_per_step",
+        4,
+        "--lora_modules_to_save",
+        "gate",
+        "--routing_steps",
+        0,
+        "--model_init_kwargs",
+        "{}",
+    )
+    instruct_tune(copied_run, "moe", *FAST, *common, "--per_device_train_batch_size", 4)
+    ended = launch(2, "instruct_tune.py", "instruct_tune_moe", "--run_dir", other, *common,
+                   "--per_device_train_batch_size", 2, instead=AS_FSDP2)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    before, one, two = (
+        load_model(folder).state_dict()
+        for folder in (copied_run / "moe", copied_run / "moe-instruct", other / "moe-instruct")
+    )
+    assert_same_training(one, two, before)
+    gate = "model.layers.0.mlp.gate.weight"
+    assert not torch.equal(one[gate], before[gate])
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_resumes(new_run, tmp_path, before, after):
     straight = shutil.copytree(new_run, tmp_path / "straight")
     rows = ("--role", "macro", "--rows_per_step", 4, "--per_device_train_batch_size", 2, "--max_length", 64)
     train_expert(straight, *rows[1:], *FAST)
-    cut_off = launch(before, "train_expert.py", "train_expert", "--run_dir", new_run, *rows, at_step=2)
+    cut_off = launch(before, "train_expert.py", "train_expert", "--run_dir", new_run, *rows, instead=CUT_OFF)
     assert cut_off.returncode != 0
     assert not (new_run / "adapters/macro").exists()
     ended = launch(after, "train_expert.py", "train_expert", "--run_dir", new_run, *rows)
