@@ -163,10 +163,10 @@ def main() -> None:
         )
         for name, cell in cells.items():
             rows.setdefault(name, []).append(cell)
-        if needed > args.memory:
+        if not planning.fits(parts, devices):
             change = planning.what_makes_it_fit(step.model, step.training, devices)
             problems.append(
-                f"step {step.title} needs {needed:.1f} GiB of {args.memory:g}. "
+                f"step {step.title} needs {needed:.1f} GiB of the {args.memory:g} of a device, of which {planning.USABLE:.0%} can be used. "
                 + (f"It fits with: {change}." if change else "No setting makes it fit: take larger devices.")
             )
     for name, cells in rows.items():

@@ -21,6 +21,7 @@ FLOAT = 4  # bytes: PEFT trains adapters in float32
 ADAM = 2 * FLOAT
 # What a process holds before it has a model: interpreter and libraries on a CPU; context, kernels and NCCL's buffers on a GPU.
 PROCESS_GIB = {"cpu": 0.75, "gpu": 2.0}
+USABLE = 0.9  # of a device's memory: the rest goes to the allocator's gaps
 LOGITS_ON_GPU = 256  # positions whose logits TRL's fused head holds at once
 
 
@@ -144,6 +145,10 @@ def memory(model: Shape, training: Training, devices: Devices) -> dict[str, floa
     return {name: part / GIB for name, part in parts.items()} | {"process": PROCESS_GIB[devices.kind]}
 
 
+def fits(parts: dict[str, float], devices: Devices) -> bool:
+    return sum(parts.values()) <= USABLE * devices.memory_gib
+
+
 def hours(model: Shape, training: Training, devices: Devices) -> float:
     """Hours of the run's steps."""
     tokens = training.tokens_of_run(devices.count)
@@ -177,6 +182,6 @@ def what_makes_it_fit(model: Shape, training: Training, devices: Devices) -> str
     ]  # fmt: skip
     for words, change, count in changes:
         changed = replace(training, **change)
-        if sum(memory(model, changed, replace(devices, count=count)).values()) <= devices.memory_gib:
+        if fits(memory(model, changed, replace(devices, count=count)), devices):
             return words
     return None
