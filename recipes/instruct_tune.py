@@ -40,6 +40,7 @@ from finteam_experts.training import (
     BaseModelConfig,
     RunArguments,
     begin_on_all,
+    end,
     merge_trained,
     parse,
     settings,
@@ -165,8 +166,7 @@ def main() -> None:
         about = {key: record[key] for key in ("team", "system_prompt", "tasks") if key in record}
         runs.finish(target, {**about, "results": {**results, "merge_difference": difference}})
         print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter outputs agree to {difference:.0e}")
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    end(trainer)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from finteam_experts.training import (
     BaseModelConfig,
     RunArguments,
     begin_on_all,
+    end,
     merge_trained,
     parse,
     settings,
@@ -108,8 +109,7 @@ def main() -> None:
             runs.remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))
         runs.finish(target, {"results": results})
         print(f"{target}: held-out perplexity of {role} {math.exp(before):.2f} before, {math.exp(after):.2f} after")
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    end(trainer)
 
 
 if __name__ == "__main__":

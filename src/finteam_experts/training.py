@@ -215,13 +215,28 @@ def merge_trained(trainer: SFTTrainer, model_folder: Path, work: Path) -> float:
 
     Ends the trainer's use. Returns how far a layer's output moved, as `merge_adapter` does.
     """
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None  # room for the merge
-    trainer.accelerator.free_memory()
+    _release(trainer)  # room for the merge
     difference = merge_adapter(model_folder, work / ADAPTER, work)
     weights = [file.name for file in weight_files(work)]
     keep = ("config.json", INDEX, runs.RECORD, *weights, *COMPANION_FILES)
     runs.remove_all_but(work, keep)
     return difference
+
+
+def end(trainer: SFTTrainer) -> None:
+    """Wait for every process of the launch, then end its process group; the trainer is of no use afterwards.
+
+    The model goes first. Its gradient reducer would be the last to hold the process group, and free it with Python's lock in
+    hand: a thread of gloo may want that lock for the barrier just passed, and neither would ever end.
+    """
+    _release(trainer)
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def _release(trainer: SFTTrainer) -> None:
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    trainer.accelerator.free_memory()
 
 
 class CompleteCheckpoints(TrainerCallback):
