@@ -71,7 +71,7 @@ def measure(command: list[str]) -> Measured:
 def common(args: argparse.Namespace) -> list[str]:
     settings = {
         "max_steps": args.steps, "logging_steps": LOGGING_STEPS, "save_strategy": "no", "disable_tqdm": True,
-        "include_num_input_tokens_seen": "non_padding", "lr_scheduler_type": "constant", "lr_scheduler_kwargs": "{}",
+        "include_num_input_tokens_seen": True, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": "{}",
         "warmup_steps": 0,
     }  # fmt: skip
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
@@ -119,7 +119,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
         limits = row_limits(content.get("rows_per_task"), content.get("rows_of_task"))
         drawn = tuning_rows(
             args.data_dir,
-            content.get("seed", SFTConfig().seed),
+            content.get("seed", SFTConfig.seed),
             limits,
             hold_out=content.get("hold_out_validation", False),
         )
