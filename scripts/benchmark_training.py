@@ -171,7 +171,7 @@ def main() -> None:
             " / ".join(f"{max(m.peak_gib for m in part):.1f}" for part in (theirs, own)),
             " / ".join(f"{np.mean([m.losses for m in part]):.4f}" for part in (theirs, own)),
         )  # fmt: skip
-    Console().print(table)
+    Console(width=None if os.isatty(1) else 170).print(table)
     dense, team = (np.mean([m.tokens_per_second for m in figures[title]["ours"]]) for title in ("3: dense", "3: team"))
     print(f"A token of the team costs {dense / team:.2f} times one of the dense model")
     if args.report:
