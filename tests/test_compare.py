@@ -145,7 +145,7 @@ def test_what_has_a_result_is_not_made_again(compared, toy_base, toy_data, tmp_p
     content |= {"run_dir": str(copy / "nothing-here"), "results": str(copy / "results")}
     (copy / "comparison.yaml").write_text(yaml.safe_dump(content))
     compare(copy, toy_base, toy_data, monkeypatch)
-    assert capsys.readouterr().out.count("is there: skipped") == 7
+    assert capsys.readouterr().out.count("is there: skipped") == 9
     assert not (copy / "nothing-here").exists()
 
 
