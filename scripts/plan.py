@@ -5,7 +5,7 @@
     python scripts/plan.py --recipes recipes/sample --base outputs/quickstart/base --cpu --memory 8
 
 Of the base it reads the config alone. A step that does not fit is named with the change that makes it fit, and the exit code
-is 1. Memory is that of recipes/README.md's measured runs to within 15 %; hours follow from `--utilisation`.
+is 1. Memory is an estimate that recipes/README.md holds against measured runs; hours follow from `--utilisation`.
 """
 
 import argparse
