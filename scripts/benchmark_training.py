@@ -10,7 +10,6 @@ the first logged steps are left out of the speed. TRL pads a batch and adapts an
 import argparse
 import ast
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -136,7 +135,6 @@ def main() -> None:
     parser.add_argument("--recipes", type=Path, default=Path("recipes/sample"), help="folder of the three recipes")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--report", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     args.data_dir = args.data_dir or args.run_dir / "data"
     if args.steps < 2 * LOGGING_STEPS:
@@ -174,14 +172,6 @@ def main() -> None:
     Console(width=None if os.isatty(1) else 170).print(table)
     dense, team = (np.mean([m.tokens_per_second for m in figures[title]["ours"]]) for title in ("3: dense", "3: team"))
     print(f"A token of the team costs {dense / team:.2f} times one of the dense model")
-    if args.report:
-        args.report.write_text(
-            json.dumps(
-                {t: {k: [m._asdict() for m in ms] for k, ms in kinds.items()} for t, kinds in figures.items()},
-                indent=2,
-            )
-            + "\n"
-        )
 
 
 if __name__ == "__main__":

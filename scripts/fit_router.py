@@ -24,7 +24,7 @@ from finteam_experts.errors import InputError, run
 from finteam_experts.gates import GATES, write_gates
 from finteam_experts.models import load_model, load_tokenizer, stored_tensors, weight_files
 from finteam_experts.router import Sequences, fit
-from finteam_experts.tasks import TASKS, chat, render
+from finteam_experts.tasks import TASKS, chat, conversation
 
 FEWEST_PASSAGES = 32
 PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
@@ -55,7 +55,8 @@ def role_text(
     for task in (task for task in TASKS.values() if task.role == role):
         rows = read_task(data, task.name, "train")
         for row in rng.sample(rows, min(len(rows), tokens // 16)):
-            chats.append([*chat(render(task, row, tokenizer)), {"role": "assistant", "content": row["label"]}])
+            asked_and_answered = conversation(task, row, tokenizer)
+            chats.append(asked_and_answered["prompt"] + asked_and_answered["completion"])
     rng.shuffle(chats)
     chats = chats or [chat(text) for text in passages[: tokens // 16]]
     asked = tokenizer.apply_chat_template(chats, truncation=True, max_length=CHAT_TOKENS)["input_ids"]

@@ -10,7 +10,6 @@ is 1. Memory is an estimate that recipes/README.md holds against measured runs; 
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
 
-from finteam_experts import planning
+from finteam_experts import planning, runs
 from finteam_experts.data import row_limits
 from finteam_experts.errors import InputError, run
 from finteam_experts.merge_config import MERGE_FILE, read_merge_config, roles, trained_roles
@@ -73,7 +72,7 @@ def training_of(path: Path, devices: int, *, sharded: bool, row_tokens: int, lab
         limits = row_limits(recipe.get("rows_per_task"), recipe.get("rows_of_task")).values()
         rows = rows if None in limits else sum(limits)
         steps = round(recipe["num_train_epochs"] * rows / (batch * accumulation * devices))
-    weight = 0.56 if recipe.get("load_in_4bit") else 2 if recipe.get("dtype") == "bfloat16" else planning.FLOAT
+    weight = planning.NF4 if recipe.get("load_in_4bit") else 2 if recipe.get("dtype") == "bfloat16" else planning.FLOAT
     return Training(
         sequences=batch, tokens=tokens, labelled=tokens if packed else label_tokens, accumulation=accumulation, steps=steps,
         checkpointing=recipe["gradient_checkpointing"], weight_bytes=weight,
@@ -183,12 +182,10 @@ def main() -> None:
     needed = sum(folders.values())
     room.add_row("all", f"{needed:.1f}")
     console.print(room)
-    existing = next(path for path in (args.run_dir.absolute(), *args.run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 1e9
-    if needed > free:
-        problems.append(
-            f"the run needs {needed:.0f} GB, and the disk of {args.run_dir} has {free:.0f} GB free: name another with --run_dir."
-        )
+    try:
+        runs.check_disk_room(args.run_dir, 1e9 * needed)
+    except InputError as error:
+        problems.append(str(error))
     for problem in problems:
         print(f"does not fit: {problem}", file=sys.stderr)
     sys.exit(1 if problems else 0)

@@ -133,4 +133,5 @@ def test_a_disk_that_is_too_small_is_named(plan, eight_billion, monkeypatch, tmp
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     code, _, problems = plan(eight_billion, "--gpus", 8, "--run_dir", tmp_path)
     assert code == 1
-    assert "has 1 GB free: name another with --run_dir" in problems
+    assert "its disk has 1.0 GB free" in problems
+    assert "--run_dir" in problems

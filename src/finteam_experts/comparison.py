@@ -31,9 +31,8 @@ class Contestant(_Strict):
     recipe: str | None = None
     seeds: tuple[int, ...] = (0,)
     overrides: dict[str, Any] = {}
-    experts: Literal["joined", "averaged"] | None = (
-        None  # each of the team's experts is tuned by itself, then they are
-    )
+    # Each of the team's experts is tuned by itself, then they are joined or averaged
+    experts: Literal["joined", "averaged"] | None = None
     keep: bool = False  # the tuned model, once it is scored
 
 

@@ -19,6 +19,7 @@ from finteam_experts.split_experts import split_experts
 GIB = 2**30
 FLOAT = 4  # bytes: PEFT trains adapters in float32
 ADAM = 2 * FLOAT
+NF4 = 0.56  # of a weight that load_in_4bit keeps in four bits, with the scales of its blocks
 # What a process holds before it has a model: interpreter and libraries on a CPU; context, kernels and NCCL's buffers on a GPU.
 PROCESS_GIB = {"cpu": 0.75, "gpu": 2.0}
 USABLE = 0.9  # of a device's memory: the rest goes to the allocator's gaps
@@ -174,7 +175,7 @@ def what_makes_it_fit(model: Shape, training: Training, devices: Devices) -> str
                         {"sharded": True, "checkpointing": True} | fewer, devices.count))  # fmt: skip
     if is_dense:
         changes.append(("load_in_4bit: true (QLoRA), and one row a device with gradient_checkpointing",
-                        {"weight_bytes": 0.56, "sharded": False, "checkpointing": True} | fewer, devices.count))  # fmt: skip
+                        {"weight_bytes": NF4, "sharded": False, "checkpointing": True} | fewer, devices.count))  # fmt: skip
     changes += [
         (f"{count} devices with recipes/accelerate/fsdp2.yaml, and one row a device with gradient_checkpointing",
          {"sharded": True, "checkpointing": True} | fewer, count)
