@@ -9,62 +9,36 @@
 # checkpoint. Each job's log lies in RUN_DIR/logs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/stages.sh
 
-recipes='' base='' run_dir='' data_dir='' merge_config=moe_merge.yaml nodes=1 gpus=8 sbatch_options=''
-while [ $# -gt 0 ]; do
-  [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-  case "$1" in
-    --recipes) recipes=$2 ;;
-    --base) base=$2 ;;
-    --run_dir) run_dir=$2 ;;
-    --data_dir) data_dir=$2 ;;
-    --merge_config) merge_config=$2 ;;
-    --nodes) nodes=$2 ;;
-    --gpus) gpus=$2 ;;
-    --sbatch) sbatch_options=$2 ;;
-    *) echo "error: unknown option '$1'; known: --recipes --base --run_dir --data_dir --merge_config --nodes --gpus --sbatch" >&2; exit 2 ;;
-  esac
-  shift 2
-done
-for name in recipes base run_dir data_dir; do
-  [ -n "${!name}" ] || { echo "error: --$name is missing" >&2; exit 2; }
-done
-for file in train_expert instruct_tune_moe instruct_tune_dense; do
-  [ -f "$recipes/$file.yaml" ] || { echo "error: $recipes/$file.yaml does not exist: name a folder of the three recipes with --recipes" >&2; exit 2; }
-done
+merge_config=moe_merge.yaml nodes=1 gpus=8 sbatch=''
+read_options 'recipes base run_dir data_dir merge_config nodes gpus sbatch' "$@"
 mkdir -p "$run_dir/logs"
 
-# submit TITLE NODES AFTER COMMAND: prints the job's id. AFTER is a list of ids, as 12:13, or nothing.
-submit() {
-  # shellcheck disable=SC2086  # the options are several words
-  sbatch --parsable --job-name "finteam-$1" --nodes "$2" --ntasks-per-node 1 --gpus-per-node "$gpus" \
-    --output "$run_dir/logs/$1-%j.log" ${3:+--dependency afterok:$3} --kill-on-invalid-dep yes $sbatch_options --wrap "$4"
-}
 # One process a GPU; on several machines each starts its own, and the first machine of the job is where they meet.
 # $SLURM_... is for the job's shell, not for this one.
 # shellcheck disable=SC2016
-launch='srun bash -c "accelerate launch --config_file CONFIG --num_processes ALL --num_machines MACHINES --machine_rank \$SLURM_PROCID --main_process_ip \$(scontrol show hostnames \$SLURM_JOB_NODELIST | head -n 1) --main_process_port 29500 STEP"'
-training() {  # training CONFIG NODES STEP
-  local line=${launch//CONFIG/recipes/accelerate/$1.yaml}
-  line=${line//ALL/$(($2 * gpus))}
-  line=${line//MACHINES/$2}
-  echo "${line//STEP/$3 --run_dir $run_dir --data_dir $data_dir}"
+launch='srun bash -c "accelerate launch --config_file CONFIG --num_processes ALL --num_machines MACHINES --machine_rank \$SLURM_PROCID --main_process_ip \$(scontrol show hostnames \$SLURM_JOB_NODELIST | head -n 1) --main_process_port 29500 COMMAND"'
+
+declare -A ids
+stage() {  # NAME KIND AFTER COMMAND
+  local machines=1 config=multi_gpu after='' command=$4 name
+  for name in $3; do after+=:${ids[$name]}; done
+  if [ "$2" = sharded ]; then
+    machines=$nodes config=fsdp2
+    [ "$nodes" -gt 1 ] && config=multi_node
+  fi
+  if [ "$2" != plain ]; then
+    command=${launch//CONFIG/recipes/accelerate/$config.yaml}
+    command=${command//ALL/$((machines * gpus))}
+    command=${command//MACHINES/$machines}
+    command=${command//COMMAND/"$4"}
+  fi
+  # shellcheck disable=SC2086  # the options are several words
+  ids[$1]=$(sbatch --parsable --job-name "finteam-$1" --nodes "$machines" --ntasks-per-node 1 --gpus-per-node "$gpus" \
+    --output "$run_dir/logs/$1-%j.log" ${after:+--dependency afterok$after} --kill-on-invalid-dep yes $sbatch --wrap "$command")
+  echo "$1: job ${ids[$1]}${3:+, after $3}"
 }
 
-# Step 1: the experts do not need each other, and each fits a machine
-experts=''
-for role in $(python -m finteam_experts.merge_config "$merge_config"); do
-  id=$(submit "$role" 1 '' "$(training multi_gpu 1 "recipes/train_expert.py --config $recipes/train_expert.yaml --base $base --merge_config $merge_config --role $role")")
-  experts=${experts:+$experts:}$id
-done
-# Step 2
-moe=$(submit merge 1 "$experts" "python scripts/merge_moe.py --run_dir $run_dir --base $base --merge_config $merge_config \
-&& python scripts/fit_router.py --run_dir $run_dir --data_dir $data_dir \
-&& python scripts/report_routing.py --run_dir $run_dir --data_dir $data_dir --base $base")
-# Step 3: the baseline waits for nobody
-if [ "$nodes" -gt 1 ]; then sharded=multi_node; else sharded=fsdp2; fi
-team=$(submit team "$nodes" "$moe" "$(training $sharded "$nodes" "recipes/instruct_tune.py --config $recipes/instruct_tune_moe.yaml")")
-dense=$(submit dense 1 '' "$(training multi_gpu 1 "recipes/instruct_tune.py --config $recipes/instruct_tune_dense.yaml --base $base")")
-# Step 4
-last=$(submit evaluate 1 "$team:$dense" "python scripts/evaluate.py --run_dir $run_dir --data_dir $data_dir --base $base --bf16")
-echo "experts ${experts//:/ }, merge $moe, team $team, baseline $dense, evaluation $last; logs in $run_dir/logs"
+road
+echo "logs in $run_dir/logs"

@@ -56,7 +56,7 @@ def cluster(tmp_path):
 
 def test_every_stage_waits_for_what_it_reads(cluster):
     jobs = cluster("--sbatch", "--partition gpu")
-    assert list(jobs) == [*ROLES, "merge", "team", "dense", "evaluate"]
+    assert list(jobs) == [*ROLES, "dense", "merge", "team", "evaluate"]
     waits = {name: options.get("--dependency") for name, options in jobs.items()}
     ids = {name: options["id"] for name, options in jobs.items()}
     assert waits == {

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# The road as stages, for scripts that hand each to a scheduler: they source this file.
+#
+# read_options NAMES "$@" sets a variable for each of the options NAMES and checks those that every road needs.
+# road calls `stage NAME KIND AFTER COMMAND` for each stage, which the caller defines: KIND is replicated (a copy of the model on
+# each GPU), sharded (the model cut into pieces) or plain; AFTER lists the stages whose folders it reads; for a KIND other than
+# plain, COMMAND is what `accelerate launch` takes. No stage comes before one that it waits for.
+
+usage_error() { echo "error: $1" >&2; exit 2; }
+
+read_options() {
+  local known=$1 name
+  shift
+  while [ $# -gt 0 ]; do
+    name=${1#--}
+    [[ "$1" == --* && " $known " == *" $name "* ]] || usage_error "unknown option '$1'; known: --${known// / --}"
+    [ $# -ge 2 ] || usage_error "$1 needs a value"
+    printf -v "$name" %s "$2"
+    shift 2
+  done
+  for name in $known; do
+    [ -n "${!name+set}" ] || usage_error "--$name is missing"
+  done
+  for name in train_expert instruct_tune_moe instruct_tune_dense; do
+    [ -f "$recipes/$name.yaml" ] || usage_error "$recipes/$name.yaml does not exist: name a folder of the three recipes with --recipes"
+  done
+}
+
+road() {
+  local role roles where="--run_dir $run_dir --data_dir $data_dir"
+  roles=$(python -m finteam_experts.merge_config "$merge_config" | paste -sd ' ')
+  # Step 1: the experts do not need each other, and neither does the baseline of step 3
+  for role in $roles; do
+    stage "$role" replicated '' "recipes/train_expert.py --config $recipes/train_expert.yaml --base $base --merge_config $merge_config --role $role $where"
+  done
+  stage dense replicated '' "recipes/instruct_tune.py --config $recipes/instruct_tune_dense.yaml --base $base $where"
+  # Step 2
+  stage merge plain "$roles" "python scripts/merge_moe.py --run_dir $run_dir --base $base --merge_config $merge_config \
+&& python scripts/fit_router.py $where && python scripts/report_routing.py $where --base $base"
+  # Step 3
+  stage team sharded merge "recipes/instruct_tune.py --config $recipes/instruct_tune_moe.yaml $where"
+  # Step 4
+  stage evaluate plain 'team dense' "python scripts/evaluate.py $where --base $base --bf16"
+}

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The road as Hugging Face Jobs: who is submitted when, and what each job runs. A double stands for the `hf` command."""
+
+import os
+
+import pytest
+
+from conftest import REPOSITORY, ROLES, shell
+
+HF = """#!/bin/bash
+printf '%s\\n' "$*" >> {calls}
+[ "$2" != wait ] || [ "$3" != "{broken}" ] || exit 1
+for ((i = 1; i <= $#; i++)); do
+  case ${{!i}} in
+    --name) next=$((i + 1)); echo "id-of-${{!next}}" ;;
+    --volume) next=$((i + 1)); code=${{!next}}; ls "${{code%:/code}}" > {code} ;;
+  esac
+done
+"""
+OPTIONS = ("--recipes", "recipes/llama3-8b", "--base", "ID", "--bucket", "me/finteam")
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Runs recipes/hf_jobs.sh; returns how it ended and the `hf` commands that it gave."""
+
+    def run(*arguments, broken="", **variables):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        double = tmp_path / "bin/hf"
+        double.write_text(HF.format(calls=tmp_path / "calls", code=tmp_path / "code", broken=broken))
+        double.chmod(0o755)
+        environment = os.environ | {"PATH": f"{double.parent}:{os.environ['PATH']}", "HF_TOKEN": "hf_secret"} | variables
+        ended = shell("bash", "recipes/hf_jobs.sh", *arguments, env=environment)
+        calls = tmp_path / "calls"
+        return ended, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+def test_a_stage_is_submitted_when_what_it_reads_is_complete(submit, tmp_path):
+    ended, calls = submit(*OPTIONS, "--gpus", "4", "--flavor", "h200x4")
+    assert ended.returncode == 0, ended.stderr
+    short = [call.split("--name ")[1].split()[0] if " run " in call else call for call in calls]
+    experts = [f"finteam-{role}" for role in ROLES]
+    assert short == [
+        *experts,
+        "finteam-dense",
+        "jobs wait " + " ".join(f"id-of-{name}" for name in experts),
+        "finteam-merge",
+        "jobs wait id-of-finteam-merge",
+        "finteam-team",
+        "jobs wait id-of-finteam-team id-of-finteam-dense",
+        "finteam-evaluate",
+        "jobs wait id-of-finteam-evaluate",
+    ]
+    jobs = dict(zip(short, calls, strict=True))
+    assert all("--flavor h200x4" in call and "--secrets HF_TOKEN" in call for call in calls if " run " in call)
+    assert "hf_secret" not in "".join(calls)
+    assert "fsdp2.yaml --num_processes 4 recipes/instruct_tune.py" in jobs["finteam-team"]
+    assert "multi_gpu.yaml --num_processes 4 recipes/train_expert.py" in jobs["finteam-macro"]
+    assert "trap 'hf buckets sync run hf://buckets/me/finteam/run' EXIT" in jobs["finteam-macro"]
+    named = {word for call in calls for word in call.split() if word.startswith(("recipes/", "scripts/"))}
+    assert named
+    assert all((REPOSITORY / word).is_file() for word in named)
+    assert {"recipes", "scripts", "src", "pyproject.toml"} <= set((tmp_path / "code").read_text().split())
+
+
+def test_nothing_more_is_submitted_after_a_stage_that_failed(submit):
+    ended, calls = submit(*OPTIONS, broken="id-of-finteam-macro")
+    assert ended.returncode != 0
+    assert not any("finteam-merge" in call for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (OPTIONS[:-2], {}, "--bucket is missing"),
+        (OPTIONS, {"HF_TOKEN": ""}, "HF_TOKEN is not set"),
+        ((*OPTIONS, "--flavour", "x"), {}, "unknown option '--flavour'"),
+    ],
+)
+def test_nothing_is_submitted_on_bad_input(submit, arguments, variables, message):
+    ended, calls = submit(*arguments, **variables)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert not calls
