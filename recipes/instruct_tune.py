@@ -34,6 +34,7 @@ from finteam_experts.models import (
 )
 from finteam_experts.routing import RoutingCallback
 from finteam_experts.shards import weight_files
+from finteam_experts.task_routing import EXPERT
 from finteam_experts.tasks import TASKS, conversation
 from finteam_experts.training import (
     ADAPTER,
@@ -56,6 +57,7 @@ OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct", "expert": "experts-i
 class TuneArguments(RunArguments):
     start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
     role: str | None = field(default=None, metadata={"help": "Which expert, for start_from expert."})
+    own_tasks: bool = field(default=False, metadata={"help": "Tune that expert on the tasks of its role alone."})
     rows_per_task: int | None = field(default=None, metadata={"help": "At most so many train rows of each task."})
     rows_of_task: dict | str | None = field(
         default=None, metadata={"help": "Another limit for some tasks, as {stock_movement: 160}."}
@@ -67,6 +69,10 @@ class TuneArguments(RunArguments):
         default=None,
         metadata={"help": "Train so many experts of a layer in each step, drawn anew each time; evaluation uses all."},
     )
+    route_by_task: bool = field(
+        default=False,
+        metadata={"help": "Train each row in the expert of its task's role; fit the router afterwards."},
+    )
     routing_steps: int = field(
         default=100, metadata={"help": "Measure the MoE's routing of held-out text every so many steps; 0: never."}
     )
@@ -77,12 +83,46 @@ class TuneArguments(RunArguments):
         return row_limits(self.rows_per_task, json.loads(of_task) if isinstance(of_task, str) else of_task)
 
 
-def conversations(data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, args: TuneArguments) -> Dataset:
-    """The train rows of all tasks as prompt and completion, shuffled."""
+def conversations(
+    data: Path, tokenizer: PreTrainedTokenizerBase, seed: int, args: TuneArguments, team: list[str]
+) -> Dataset:
+    """The train rows of all tasks, or of those of the expert's role, as prompt and completion, shuffled.
+
+    With `route_by_task` each has the place in the team of its task's analyst as `expert`.
+    """
     for task in TASKS:
         read_task(data, task, "test")  # refuses test rows that are in train, before hours are spent
     rows = tuning_rows(data, seed, args.limits(), hold_out=args.hold_out_validation)
-    return Dataset.from_list([conversation(TASKS[task], row, tokenizer) for task, row in rows])
+    if args.own_tasks:
+        rows = [(task, row) for task, row in rows if TASKS[task].role == args.role]
+        if not rows:
+            raise InputError(
+                f"own_tasks: no task is of the role {args.role}. Those of {', '.join(TASKS)} are "
+                f"{', '.join(task.role for task in TASKS.values())}: tune this expert on all rows, or not at all."
+            )
+    asked = [conversation(TASKS[task], row, tokenizer) for task, row in rows]
+    if args.route_by_task:
+        asked = [row | {EXPERT: team.index(TASKS[task].role)} for (task, _), row in zip(rows, asked, strict=True)]
+    return Dataset.from_list(asked)
+
+
+def check_task_routing(
+    args: TuneArguments, team: list[str], training_args: SFTConfig, modules_to_save: object
+) -> None:
+    """Raise `InputError` if rows are to be routed by task and that can't be or does not go with other settings."""
+    if not args.route_by_task:
+        return
+    for task in TASKS.values():
+        if task.role not in team:
+            raise InputError(
+                f"route_by_task: {task.name} is a task of the {task.role} analyst, and the model that is to be tuned has "
+                f"{', '.join(team) or 'no team'}. It is for --start_from moe, with a team that has an expert for every task."
+            )
+    if training_args.router_aux_loss_coef or "gate" in (modules_to_save or ()) or args.experts_at_once:
+        raise InputError(
+            "route_by_task leaves the router nothing to choose: set router_aux_loss_coef to 0, and leave out experts_at_once "
+            "and the gate in lora_modules_to_save."
+        )
 
 
 def routing_callback(
@@ -105,6 +145,10 @@ def main() -> None:
             f"start_from is {script_args.start_from} and role {script_args.role}: a role names the expert that is tuned by "
             "itself, with --start_from expert and not otherwise."
         )
+    if script_args.own_tasks and not script_args.role:
+        raise InputError(
+            "own_tasks is for one expert that is tuned by itself: pass --start_from expert --role ROLE too."
+        )
     if script_args.start_from == "moe":
         start = run_dir / "moe"
         record = runs.require(start, "python scripts/merge_moe.py")
@@ -119,7 +163,8 @@ def main() -> None:
     tokenizer = load_tokenizer(start)
     team = [member["name"] for member in record.get("team", ())]
     callback_of = routing_callback(script_args, data, team, tokenizer)
-    dataset = conversations(data, tokenizer, training_args.seed, script_args)
+    check_task_routing(script_args, team, training_args, model_args.lora_modules_to_save)
+    dataset = conversations(data, tokenizer, training_args.seed, script_args, team)
 
     target = run_dir / OUTPUTS[script_args.start_from] / (script_args.role or "")
     inputs = {
@@ -141,6 +186,7 @@ def main() -> None:
         work,
         callback_of,
         experts_at_once=script_args.experts_at_once,
+        route_by_task=script_args.route_by_task,
     )
     trainable, total = trainer.model.get_nb_trainable_parameters()
     trainer.save_model(str(work / ADAPTER))

@@ -6,6 +6,8 @@
 Reads RUN_DIR/data and RUN_DIR/base unless --data_dir and --base name others, writes RUN_DIR/adapters/ROLE. The LoRA is
 on the MLP alone: that is all that becomes an expert of the MoE. Any TRL setting can be overridden on the command line.
 
+`--corpus FILES` streams the role's text from elsewhere, without a copy of it on this disk or in memory.
+
 `--role shared` trains on the corpora of all roles, attention included if the recipe says so, and writes RUN_DIR/trunk: a
 dense model that knows what the roles share. Give it to the later steps as --base RUN_DIR/trunk.
 """
@@ -14,11 +16,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, interleave_datasets
+from datasets import Dataset, IterableDataset, interleave_datasets
 from trl import SFTConfig
 
 from finteam_experts import runs
-from finteam_experts.data import corpus_file, read_corpus
+from finteam_experts.data import corpus_file, read_corpus, stream_corpus
 from finteam_experts.errors import InputError, run
 from finteam_experts.merge_config import MERGE_FILE, SHARED, check_role, read_merge_config, trained_roles
 from finteam_experts.models import MLP_MODULES, check_base, fingerprint, load_tokenizer, local_folder
@@ -42,6 +44,14 @@ class ExpertArguments(RunArguments):
     role: str | None = field(
         default=None, metadata={"help": "A role listed in moe_merge.yaml, or shared: all of them."}
     )
+    corpus: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stream the role's text from these files instead of DATA_DIR/corpora/ROLE.jsonl: JSON lines or Parquet, "
+            "with wildcards, also hf://datasets/OWNER/NAME/..."
+        },
+    )
+    corpus_column: str = field(default="text", metadata={"help": "The column of those files that has the text."})
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
 
@@ -50,6 +60,23 @@ def team_passages(data: Path, names: list[str]) -> Dataset:
     """The corpora's passages in turn, one of each role; a short corpus starts again until the longest is through."""
     corpora = [Dataset.from_dict({"text": read_corpus(data, name)}) for name in names]
     return interleave_datasets(corpora, stopping_strategy="all_exhausted")
+
+
+def role_text(
+    args: ExpertArguments, data: Path, role: str, corpora: list[str], max_steps: int
+) -> tuple[Dataset | IterableDataset, object]:
+    """The passages to train on, and what the record says of where they are from."""
+    if args.corpus is None:
+        passages = team_passages(data, corpora)
+        hashes = {name: runs.file_hash(corpus_file(data, name)) for name in corpora}
+        return passages, hashes if role == SHARED else hashes[role]
+    if role == SHARED or max_steps < 1:
+        raise InputError(
+            f"corpus is {args.corpus}, role {role} and max_steps {max_steps}: a stream is one role's, and its end is not known. "
+            "Name a role, and set max_steps."
+        )
+    source = {"files": args.corpus, "column": args.corpus_column}
+    return stream_corpus(args.corpus, args.corpus_column), source
 
 
 def main() -> None:
@@ -71,17 +98,16 @@ def main() -> None:
     base = local_folder(model_args.model_name_or_path or str(run_dir / "base"))
     check_base(base)
     tokenizer = load_tokenizer(base)
-    passages = team_passages(data, corpora)
+    passages, corpus = role_text(script_args, data, role, corpora, training_args.max_steps)
     heldout = [
         text for name in corpora for text in read_corpus(data, name, heldout=True)[: script_args.heldout_passages]
     ]
 
     target = run_dir / "trunk" if role == SHARED else run_dir / "adapters" / role
-    hashes = {name: runs.file_hash(corpus_file(data, name)) for name in corpora}
     inputs = {
         "role": role,
         "base": fingerprint(base),
-        "corpus": hashes if role == SHARED else hashes[role],
+        "corpus": corpus,
         "settings": settings(script_args, training_args, model_args),
     }
     work = begin_on_all(target, "train_expert", inputs)

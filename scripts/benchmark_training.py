@@ -4,20 +4,24 @@
     python scripts/benchmark_training.py --run_dir outputs/quickstart --recipes recipes/sample
 
 For each step, ours and TRL's run in turn, in processes of their own, `--rounds` times. Tokens are those that are not padding;
-the first logged steps are left out of the speed. TRL pads a batch and adapts an MoE's fused experts, as it does by default.
+the first logged steps are left out of the speed. GiB are what the process held at most until its last step, beside the plan's
+(scripts/plan.py). TRL pads a batch and adapts an MoE's fused experts, as it does by default.
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +34,7 @@ from finteam_experts.models import MLP_MODULES, load_tokenizer
 from finteam_experts.tasks import TASKS, conversation
 
 LOGGING_STEPS = 5
+POLL_SECONDS = 0.2
 FUSED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -52,19 +57,23 @@ class Step(NamedTuple):
 
 def measure(command: list[str]) -> Measured:
     """Run a training and read its log; `InputError` if it fails or logs fewer than two times."""
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, code, usage = os.wait4(process.pid, 0)
-        output.seek(0)
-        text = output.read()
+    peak, trained = 0, False
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if not trained:  # later steps, as a merge, hold other things
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    peak = max(peak, process.memory_info().rss)
+                trained = "'train_loss'" in Path(output.name).read_text()
+            time.sleep(POLL_SECONDS)
+        code, text = process.returncode, Path(output.name).read_text()
     lines = (line[line.find("{'loss'") :] for line in text.splitlines() if "{'loss'" in line)
     log = [{key: float(value) for key, value in ast.literal_eval(line).items()} for line in lines]
     if code or len(log) < 2:
         raise InputError(f"{' '.join(command)}\nended with code {code} and {len(log)} logged steps:\n{text[-3000:]}")
     first, last = log[0], log[-1]
     tokens, seconds = (last[key] - first[key] for key in ("num_tokens", "train_runtime"))
-    gib = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
-    return Measured(tokens / seconds, gib, [entry["loss"] for entry in log])
+    return Measured(tokens / seconds, peak / 2**30, [entry["loss"] for entry in log])
 
 
 def common(args: argparse.Namespace) -> list[str]:

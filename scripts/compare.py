@@ -58,10 +58,16 @@ def tune(
     if not contestant.recipe:
         return place, None
     if contestant.experts:
-        return tune_experts(comparison, starts, contestant, seed, start, folder)
-    model = folder / ("dense-instruct" if dense else "moe-instruct")
-    arguments = ("--base", start) if dense else ()
-    return model, _summary([_launch(comparison, starts, contestant, seed, folder, model, *arguments)])
+        model, tuning = tune_experts(comparison, starts, contestant, seed, start, folder)
+    else:
+        model = folder / ("dense-instruct" if dense else "moe-instruct")
+        arguments = ("--base", start) if dense else ()
+        tuning = _summary([_launch(comparison, starts, contestant, seed, folder, model, *arguments)])
+    if contestant.router:
+        options = [part for key, value in contestant.router.items() for part in options_of(key, value)]
+        where = ("--run_dir", folder, "--data_dir", starts.data, "--model", model.name)
+        step("scripts/fit_router.py", *where, *options)
+    return model, tuning
 
 
 def tune_experts(

@@ -2,10 +2,13 @@
 """STEP 2b. Fit the router of the merged MoE in closed form to what its gates read: a minute on 2 cores at 135M.
 
     python scripts/fit_router.py --run_dir outputs/quickstart
+    python scripts/fit_router.py --run_dir outputs/quickstart --model moe-instruct --chat_share 0.5
 
 Reads RUN_DIR/moe and RUN_DIR/data: each role's corpus, as plain text and in the chat format, with the task questions
 that the role owns. Replaces the gates in RUN_DIR/moe and nothing else; the merge's own gates stay in RUN_DIR/moe/gates.
 The method and its sources: src/finteam_experts/router.py.
+
+Experts that were tuned apart have other hidden states than before: fit the router of the joined RUN_DIR/moe-instruct again.
 """
 
 import argparse
@@ -31,15 +34,15 @@ PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long o
 CHAT_TOKENS = 192
 HELD_BACK = 6  # passages a role that choose the scale and show the progress; the regression never sees them
 HELD_BACK_TOKENS = 96
-CHAT_SHARE = 0.25  # of a role's tokens
+CHAT_SHARE = 0.25  # of a role's tokens, unless --chat_share says otherwise
 
 
 def role_text(
-    data: Path, role: str, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int
+    data: Path, role: str, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int, chat_share: float = CHAT_SHARE
 ) -> tuple[Sequences, Sequences]:
     """`tokens` tokens of the role for the regression, and its held-back passages.
 
-    Part of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
+    `chat_share` of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
     questions of the role's tasks with their answers or, for a role without a task, passages as messages.
     """
     passages = read_corpus(data, role)
@@ -60,7 +63,7 @@ def role_text(
     rng.shuffle(chats)
     chats = chats or [chat(text) for text in passages[: tokens // 16]]
     asked = tokenizer.apply_chat_template(chats, truncation=True, max_length=CHAT_TOKENS)["input_ids"]
-    asked = _first_tokens(asked, round(CHAT_SHARE * tokens))
+    asked = _first_tokens(asked, round(chat_share * tokens))
     rng.shuffle(passages)
     plain = encode(tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
     return asked + _first_tokens(plain, tokens - sum(map(len, asked))), encode(tokenizer, held_back, HELD_BACK_TOKENS)
@@ -104,7 +107,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
+    parser.add_argument("--model", choices=("moe", "moe-instruct"), default="moe", help="whose router")
     parser.add_argument("--tokens_per_role", type=int, default=4000, help="calibration tokens of each role")
+    parser.add_argument(
+        "--chat_share",
+        type=float,
+        default=CHAT_SHARE,
+        help="how much of them is chats: more for a team that answers tasks",
+    )
     parser.add_argument("--ridge", type=float, default=0.03, help="penalty, as a share of the mean diagonal of X'X")
     parser.add_argument(
         "--scale", type=float, help="how sharply the gates mix (default: by the held-back text's loss)"
@@ -114,23 +124,28 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens_per_role < 256 or args.ridge <= 0:
         raise InputError("--tokens_per_role must be 256 or more, and --ridge above 0: a gate has as many unknowns.")
+    if not 0 <= args.chat_share <= 1:
+        raise InputError(f"--chat_share {args.chat_share:g}: a share is from 0 to 1.")
     if args.scale is not None and args.scale <= 0:
         raise InputError(f"--scale {args.scale:g}: at 0 all experts count alike, below it the wrong ones count most.")
 
-    moe, data = args.run_dir / "moe", args.data_dir or args.run_dir / "data"
-    record = runs.require(moe, "python scripts/merge_moe.py")
+    moe, data = args.run_dir / args.model, args.data_dir or args.run_dir / "data"
+    merged = args.model == "moe"
+    record = runs.require(moe, f"python scripts/{'merge_moe' if merged else 'join_experts'}.py")
     names = [member["name"] for member in record["team"]]
-    check_experts(moe, names, args.run_dir / "experts")
+    if merged:
+        check_experts(moe, names, args.run_dir / "experts")
     tokenizer = load_tokenizer(moe)
-    text = [role_text(data, name, tokenizer, args.tokens_per_role, args.seed) for name in names]
+    text = [role_text(data, name, tokenizer, args.tokens_per_role, args.seed, args.chat_share) for name in names]
     own_tasks = [task for task in TASKS.values() if task.role in names]
     inputs = {
         "corpora": {name: runs.file_hash(corpus_file(data, name)) for name in names},
         "tasks": {task.name: runs.file_hash(task_file(data, task.name, "train")) for task in own_tasks},
         "settings": {"tokens_per_role": args.tokens_per_role, "ridge": args.ridge, "seed": args.seed}
-        | ({} if args.scale is None else {"scale": args.scale}),
+        | ({} if args.scale is None else {"scale": args.scale})
+        | ({} if args.chat_share == CHAT_SHARE else {"chat_share": args.chat_share}),
     }
-    if record["router"]["kind"] == "fitted" and not args.overwrite:
+    if record.get("router", {}).get("kind") == "fitted" and not args.overwrite:
         runs.check_same_inputs(
             f"{moe}'s router", record["router"]["inputs"], inputs, "pass --overwrite to fit it anew"
         )
@@ -143,7 +158,8 @@ def main() -> None:
     runs.check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
     with runs.changed_in_place(moe) as work:
         write_gates(work, gates)
-        save_file({"gates": gates}, work / GATES / "fitted.safetensors")
+        if merged:  # beside those it was merged with
+            save_file({"gates": gates}, work / GATES / "fitted.safetensors")
         runs.write_json(
             work / runs.RECORD, record | {"router": {"kind": "fitted", "inputs": inputs, "results": results}}
         )

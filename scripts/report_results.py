@@ -27,7 +27,12 @@ from finteam_experts.metrics import difference_on_rows, scores_with_errors
 from finteam_experts.tasks import TASKS
 
 README = Path("README.md")
-BEGIN, END = "<!-- comparison: made by scripts/report_results.py -->\n", "<!-- end of the comparison -->"
+END = "<!-- end of the comparison -->"
+
+
+def begin(config: Path) -> str:
+    """The line of the README below which the tables of that comparison lie, down to `END`."""
+    return f"<!-- {config}: made by scripts/report_results.py -->\n"
 
 
 def digest(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -123,12 +128,10 @@ def main() -> None:
     perplexity = json.loads(perplexity_file.read_text()) if perplexity_file.exists() else {}
     (comparison.results / "README.md").write_text(render_all(comparison, found, levers, summary, perplexity))
     plot(comparison, found, summary, comparison.results / "comparison.png")
-    before, _, rest = README.read_text().partition(BEGIN)
-    if not rest:
-        raise InputError(f"{README} has no line {BEGIN.strip()}. Add it and {END} where the tables belong.")
-    after = rest.partition(END)[2]
-    README.write_text(before + BEGIN + render_short(comparison, found, summary) + END + after)
-    print(f"Written: {comparison.results}/README.md, {comparison.results}/comparison.png and the tables in {README}")
+    before, mark, rest = README.read_text().partition(begin(args.config))
+    if mark:  # a comparison without it has its tables in the results folder alone
+        README.write_text(before + mark + render_short(comparison, found, summary) + END + rest.partition(END)[2])
+    print(f"Written: {comparison.results}/README.md, comparison.png{f' and the tables in {README}' if mark else ''}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from finteam_experts.metrics import paired_difference
 from finteam_experts.models import parameter_counts
 from finteam_experts.tasks import TASKS
 
-PUBLISHED = REPOSITORY / "recipes/smollm2-135m/comparison.yaml"
+PUBLISHED = sorted((REPOSITORY / "recipes").rglob("comparison*.yaml"))
 DENSE, MOE = (str(REPOSITORY / f"recipes/sample/instruct_tune_{kind}.yaml") for kind in ("dense", "moe"))
 
 
@@ -52,6 +52,7 @@ def comparison_file(folder: Path, **changes) -> Path:
                 "recipe": DENSE,
                 "overrides": short,
                 "experts": "joined",
+                "router": {"scale": 8, "chat_share": 0.5},
             },
             {
                 "name": "soup",
@@ -121,6 +122,7 @@ def test_every_contestant_leaves_its_figures(compared, toy_data):
     assert apart["tuning"] == soup["tuning"] | {"seconds": apart["tuning"]["seconds"]}  # the experts were tuned once
     assert apart["tuning"]["steps"] == dense["tuning"]["steps"]
     assert apart["tuning"]["trainable_parameters"] == 3 * dense["tuning"]["trainable_parameters"]
+    assert apart["router"] == {"scale": 8, "chat_share": 0.5}
     assert apart["tuning"]["train_tokens"] > 2 * dense["tuning"]["train_tokens"]
     assert (apart["parameters"], soup["parameters"]) == (team["parameters"], dense["parameters"])
     assert (compared / "run/runs/team-seed0/moe-instruct").is_dir()
@@ -155,7 +157,8 @@ def test_report(compared, toy_data, tmp_path, monkeypatch):
     (copy / "comparison.yaml").write_text(yaml.safe_dump(content | {"results": str(copy / "results")}))
     monkeypatch.chdir(copy)
     marks = load_script("scripts/report_results.py")
-    (copy / "README.md").write_text(f"before\n{marks.BEGIN}old tables\n{marks.END}\nafter\n")
+    begin = marks.begin(copy / "comparison.yaml")
+    (copy / "README.md").write_text(f"before\n{begin}old tables\n{marks.END}\nafter\n")
     with pytest.raises(InputError, match="Name them with --data_dir"):
         report(copy)
     report(copy, "--data_dir", toy_data)
@@ -183,20 +186,26 @@ def test_report(compared, toy_data, tmp_path, monkeypatch):
         report(copy, "--data_dir", other)
 
 
-def test_published_tables_are_those_of_the_published_results():
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_tables_are_those_of_the_published_results(path):
     """README and results/README are what the committed result files say."""
     script = load_script("scripts/report_results.py")
-    comparison = read_comparison(PUBLISHED)
+    comparison = read_comparison(path)
     comparison = comparison.model_copy(update={"results": REPOSITORY / comparison.results})
     found = script.read_results(comparison, comparison.contestants)
     summary = json.loads((comparison.results / "summary.json").read_text())
     assert summary["results"] == script.digest(found)
     perplexity = json.loads((comparison.results / "perplexity.json").read_text())
-    published = read_comparison(PUBLISHED)  # with the path as in the tables
+    published = read_comparison(path)  # with the path as in the tables
     levers = script.read_results(comparison, comparison.levers)
     assert (comparison.results / "README.md").read_text() == render_all(published, found, levers, summary, perplexity)
     readme = (REPOSITORY / "README.md").read_text()
-    assert script.BEGIN + render_short(published, found, summary) + script.END in readme
+    _, mark, rest = readme.partition(script.begin(path.relative_to(REPOSITORY)))
+    assert (
+        rest.startswith(render_short(published, found, summary) + script.END)
+        if mark
+        else str(comparison.results.name) in readme
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,6 +217,13 @@ def test_published_tables_are_those_of_the_published_results():
         (
             {"contestants": [{"name": "team", "title": "", "start": "quarter/moe"}], "baselines": []},
             "starts from 'quarter",
+        ),
+        (
+            {
+                "contestants": [{"name": "team", "title": "", "start": "half/moe", "router": {"scale": 8}}],
+                "baselines": [],
+            },
+            "team has options of a router",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, load_script, shell
 from finteam_experts.comparison import read_comparison
 from finteam_experts.training import BaseModelConfig, parse
 
-COMPARISONS = sorted((REPOSITORY / "recipes").rglob("comparison.yaml"))
+COMPARISONS = sorted((REPOSITORY / "recipes").rglob("comparison*.yaml"))
 RECIPES = sorted(
     {*(REPOSITORY / "recipes").rglob("*.yaml")} - {*COMPARISONS} - {*REPOSITORY.glob("recipes/accelerate/*")}
 )
@@ -40,7 +40,7 @@ def test_recipe_parses_strictly_with_its_own_script(recipe, monkeypatch):
     assert f"--config {recipe.relative_to(REPOSITORY)}" in recipe.read_text()
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_comparison_names_recipes_that_are_there(path):
     comparison = read_comparison(path)
     named = {comparison.expert_recipe, comparison.accelerate_config}

@@ -29,7 +29,9 @@ def submit(tmp_path):
         double = tmp_path / "bin/hf"
         double.write_text(HF.format(calls=tmp_path / "calls", code=tmp_path / "code", broken=broken))
         double.chmod(0o755)
-        environment = os.environ | {"PATH": f"{double.parent}:{os.environ['PATH']}", "HF_TOKEN": "hf_secret"} | variables
+        environment = (
+            os.environ | {"PATH": f"{double.parent}:{os.environ['PATH']}", "HF_TOKEN": "hf_secret"} | variables
+        )
         ended = shell("bash", "recipes/hf_jobs.sh", *arguments, env=environment)
         calls = tmp_path / "calls"
         return ended, calls.read_text().splitlines() if calls.exists() else []

@@ -2,17 +2,25 @@
 """The plan: parameters as the real models have them, what does not fit is named with what helps, only configs are read."""
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from transformers import AutoConfig, LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from conftest import REPOSITORY, call, load_script
-from finteam_experts import planning
+from finteam_experts import planning, sequence_attention
 from finteam_experts.errors import InputError
+from finteam_experts.fused_lora import fuse_lora
 from finteam_experts.models import load_model, parameter_counts
 from finteam_experts.planning import Devices
 from finteam_experts.runs import read_record
+from finteam_experts.split_experts import split_experts
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 EIGHT_BILLION = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -81,6 +89,47 @@ def test_plan_of_eight_gpus(plan, eight_billion, tmp_path):
     assert "19.305 B" in printed  # three experts
     assert "does not fit: step" not in problems
     assert [path.name for path in eight_billion.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("experts", [0, 2, 3], ids=["dense", "two of three experts", "all three"])
+@pytest.mark.parametrize("targets", [LINEAR, LINEAR[4:]], ids=["all linear", "MLP"])
+def test_activations_are_what_autograd_saves(bf16, experts, targets):
+    """Of one layer, as it is trained on a CPU: the difference between a model of three layers and one of two."""
+    dense = LlamaConfig(
+        hidden_size=144, intermediate_size=384, num_attention_heads=9, num_key_value_heads=3, vocab_size=99
+    )
+    config = planning.moe_config(dense, experts=3, used=experts) if experts else dense
+    lora, tokens = {"r": 8, "target_modules": targets}, 256
+    kept = []
+    for layers in (2, 3):
+        config.num_hidden_layers = layers
+        options = {"dtype": torch.bfloat16 if bf16 else torch.float32, "attn_implementation": sequence_attention.NAME}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, **options)
+        if experts:
+            split_experts(model)
+        model = get_peft_model(model, LoraConfig(**lora)).train()
+        fuse_lora(model)
+        weights = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model(torch.arange(1, 1 + tokens)[None] % 99, position_ids=torch.arange(tokens)[None], use_cache=False)
+        kept.append(sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in weights))
+    recipe = REPOSITORY / "recipes/sample/instruct_tune_moe.yaml"
+    training = load_script("scripts/plan.py").training_of(
+        recipe, 1, sharded=False, row_tokens=100, label_tokens=3, rows=1000
+    )
+    training = replace(training, lora=lora, activation_bytes=2 if bf16 else 4)
+    planned = planning.activations(SimpleNamespace(config=config), training, Devices(1, 80, 989, 0.4, "cpu"))
+    # an expert's tokens are filled up to a multiple of 32
+    assert planned * tokens == pytest.approx(kept[1] - kept[0], rel=0.1)
 
 
 def test_one_small_card_is_told_what_fits(plan, eight_billion):

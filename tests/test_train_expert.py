@@ -10,10 +10,12 @@ import time
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from conftest import REPOSITORY, ROLES, SHORT, call, shell, train_expert
+from finteam_experts.data import read_corpus
 from finteam_experts.errors import InputError
 from finteam_experts.models import MLP_MODULES
 from finteam_experts.runs import read_record, work_folder
@@ -48,6 +50,36 @@ def test_complete_step_is_skipped_and_another_configuration_refused(copied_run, 
     (copied_run / "data/corpora/macro.jsonl").write_text('{"text": "Rates rose.", "source": "x"}\n')
     with pytest.raises(InputError, match="corpus: recorded"):
         train_expert(copied_run, "macro")
+
+
+def test_a_corpus_may_be_streamed_from_files_with_another_column(new_run, tmp_path):
+    texts = read_corpus(new_run / "data", "macro")
+    for part, own in enumerate((texts[:30], texts[30:])):
+        Dataset.from_dict({"section_7": ["", *own]}).to_parquet(tmp_path / f"part-{part}.parquet")
+    same = ("--packing_strategy", "bfd_split")
+    streamed = ("--corpus", tmp_path / "part-*.parquet", "--corpus_column", "section_7")
+    train_expert(new_run, "macro", *same, *streamed)
+    record = read_record(new_run / "adapters/macro")
+    assert record["inputs"]["corpus"] == {"files": f"{tmp_path}/part-*.parquet", "column": "section_7"}
+    assert record["results"]["steps"] == 4
+    assert record["results"]["heldout_perplexity_after"] < record["results"]["heldout_perplexity_before"]
+    with pytest.raises(InputError, match=r"corpus.files: recorded .*part-\*.parquet"):
+        train_expert(new_run, "macro", *same, "--corpus", tmp_path / "part-0.parquet", "--corpus_column", "section_7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--corpus", "{data}/corpora/macro.jsonl", "--max_steps", -1), "its end is not known"),
+        (("--corpus", "{data}/corpora/macro.jsonl", "--role", "shared"), "Name a role, and set max_steps"),
+        (("--corpus", "{data}/corpora/nothing.jsonl"), "nothing.jsonl: can't be read"),
+        (("--corpus", "{data}/corpora/macro.jsonl", "--corpus_column", "body"), "no column 'body'; it has "),
+    ],
+)
+def test_a_stream_that_cannot_be_used_is_refused_before_training(new_run, arguments, message):
+    with pytest.raises(InputError, match=message):
+        train_expert(new_run, "macro", *(str(part).format(data=new_run / "data") for part in arguments))
+    assert not (new_run / "adapters").exists()
 
 
 @pytest.mark.parametrize(

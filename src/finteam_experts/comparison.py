@@ -33,6 +33,7 @@ class Contestant(_Strict):
     overrides: dict[str, Any] = {}
     # Each of the team's experts is tuned by itself, then they are joined or averaged
     experts: Literal["joined", "averaged"] | None = None
+    router: dict[str, Any] = {}  # with it, the tuned team's router is fitted anew with these options of fit_router.py
     keep: bool = False  # the tuned model, once it is scored
 
 
@@ -83,6 +84,9 @@ def read_comparison(path: Path) -> Comparison:
                 f"{path}: {contestant.name} has experts to be {contestant.experts}: it needs a recipe to tune each of them "
                 f"with, and a team's moe as start; found '{contestant.start}' and {contestant.recipe}."
             )
+        is_team = contestant.recipe and "/moe" in contestant.start and contestant.experts != "averaged"
+        if contestant.router and not is_team:
+            raise InputError(f"{path}: {contestant.name} has options of a router: they are for a team that is tuned.")
     return comparison
 
 

@@ -152,7 +152,7 @@ def lever_table(comparison: Comparison, found: Results) -> str:
             known = [loss for loss in losses if loss is not None]
             loss = f"{np.mean(known):.4f}" if known else ""
             rows.append([contestant.title, *map(_cell, main_scores(results, "valid").values()), loss])
-    return table(["tried", *_task_header(), "average", "loss of new rows"], rows)
+    return table(["tried", *_task_header(), "average", "loss, second half"], rows)
 
 
 def render_short(comparison: Comparison, found: Results, summary: dict[str, Any]) -> str:
@@ -186,8 +186,8 @@ def render_all(
         parts += ["## Held-out perplexity before tuning\n", perplexity_table(comparison, perplexity)]
     if levers:
         about = (
-            "## Levers, on validation rows, one seed\n\nLoss of new rows: the mean training loss of the second half of the "
-            "steps. There is one epoch, so these rows were not seen before. Where it is missing it was not recorded.\n"
+            "## Levers, on validation rows, one seed\n\nLast column: the mean training loss of the second half of the steps. "
+            "In one epoch these are rows not seen before. Where it is missing it was not recorded.\n"
         )
         parts += [about, lever_table(comparison, {**found, **levers})]
     parts += ["## Labels, seed 0\n", label_table(comparison, found)]

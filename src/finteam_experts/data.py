@@ -11,9 +11,13 @@ rows serves for validation.
 import hashlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from datasets import IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
 
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.tasks import TASKS
@@ -30,6 +34,34 @@ def task_file(data_dir: Path, task: str, split: str) -> Path:
 def read_corpus(data_dir: Path, role: str, *, heldout: bool = False) -> list[str]:
     """The passages of one role's corpus."""
     return [row["text"] for row in read_rows(corpus_file(data_dir, role, heldout=heldout), ("text", "source"))]
+
+
+def stream_corpus(files: str, column: str) -> IterableDataset:
+    """The texts in `column` of JSON-lines or Parquet files, read as they are needed: nothing of them is kept.
+
+    `files` may have wildcards, and lie on the Hub as hf://datasets/OWNER/NAME/... Raises `InputError` if no text is found there.
+    """
+    texts = IterableDataset.from_generator(_texts, gen_kwargs={"files": files, "column": column})
+    try:
+        first = next(iter(texts), None)
+    except InputError:
+        raise
+    except (DatasetsError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(f"corpus {files}: can't be read: {error}") from None
+    if first is None:
+        raise InputError(f"corpus {files}: no row has text in column '{column}'.")
+    return texts
+
+
+def _texts(files: str, column: str) -> Iterator[dict[str, str]]:
+    kind = "parquet" if files.endswith(".parquet") else "json"
+    for row in load_dataset(kind, data_files=files, split="train", streaming=True):
+        if column not in row:
+            raise InputError(
+                f"corpus {files}: no column '{column}'; it has {', '.join(row)}. Name one with corpus_column."
+            )
+        if row[column]:
+            yield {"text": row[column]}
 
 
 def evenly_spread(passages: list[str], count: int) -> list[str]:

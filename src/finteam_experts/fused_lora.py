@@ -27,7 +27,7 @@ class _LoraLinear(torch.autograd.Function):
         output = (rows @ weight.T).addmm_(inner, b_low.T, alpha=scaling)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scaling, ctx.input_dtype = scaling, x.dtype
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -38,7 +38,12 @@ class _LoraLinear(torch.autograd.Function):
         of_a = (of_inner.T @ rows).to(a.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(of_inner, a.to(rows.dtype)).view(*shape[:-1], -1).to(ctx.input_dtype)
+            of_x = (
+                (gradient @ weight)
+                .addmm_(of_inner, a.to(rows.dtype))
+                .view(*shape[:-1], rows.shape[-1])
+                .to(ctx.input_dtype)
+            )
         return of_x, None, of_a, of_b, None
 
 

@@ -6,6 +6,7 @@ are a tensor [layers, experts, hidden].
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from finteam_experts.models import stored_tensors
 from finteam_experts.shards import weight_files
 
 GATES = "gates"  # the folder inside a MoE's that keeps the gates it was merged with and fitted with
-_GATE = "model.layers.{}.mlp.gate.weight"
+_GATE = re.compile(r"model\.layers\.(\d+)\.\w+\.gate\.weight")  # in mergekit's layout or in that of a release
 
 
 def gate_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -38,8 +39,8 @@ def set_gates(model: torch.nn.Module, gates: torch.Tensor) -> None:
 
 def read_gates(folder: Path) -> torch.Tensor:
     """All gates of the MoE in `folder`, in mergekit's layout or in that of a release, in fp32."""
-    found = stored_tensors(folder, lambda name: name.endswith(".gate.weight"))
-    by_layer = {int(name.split(".")[2]): gate for name, gate in found}  # model.layers.N.
+    found = stored_tensors(folder, lambda name: _GATE.fullmatch(name) is not None)
+    by_layer = {int(_GATE.fullmatch(name)[1]): gate for name, gate in found}
     return torch.stack([by_layer[layer] for layer in range(len(by_layer))]).float()
 
 
@@ -53,12 +54,11 @@ def load_gates(moe: Path, kind: str) -> torch.Tensor:
 
 def write_gates(folder: Path, gates: torch.Tensor) -> None:
     """Replace all gates of the MoE in `folder`, file by file, everything else as it was."""
-    names = {_GATE.format(layer): weight for layer, weight in enumerate(gates)}
     for file in weight_files(folder):
         tensors = load_file(file)
-        own = names.keys() & tensors.keys()
+        own = {name: gates[int(layer[1])] for name in tensors if (layer := _GATE.fullmatch(name))}
         if own:
-            tensors |= {name: names[name].to(tensors[name].dtype).contiguous() for name in own}
+            tensors |= {name: gate.to(tensors[name].dtype).contiguous() for name, gate in own.items()}
             partial = file.with_suffix(".partial")
             save_file(tensors, partial, metadata={"format": "pt"})
             partial.replace(file)

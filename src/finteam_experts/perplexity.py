@@ -6,6 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finteam_experts.batches import encode, padded_batches
 
+BATCH_TOKENS = 512  # the logits of more would take more memory than a training step
+
 
 def token_losses(logits: torch.Tensor, token_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood in nats of every token but the first, [rows, tokens - 1]; 0 where it is padding.
@@ -30,7 +32,8 @@ def heldout_loss(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for _, batch in padded_batches(encode(tokenizer, passages, max_tokens), tokenizer, title="held-out passages"):
+    sequences = encode(tokenizer, passages, max_tokens)
+    for _, batch in padded_batches(sequences, tokenizer, batch_tokens=BATCH_TOKENS, title="held-out passages"):
         batch = batch.to(model.device)
         losses = token_losses(model(**batch).logits, batch["input_ids"], batch["attention_mask"])
         total += losses.sum().item()

@@ -20,8 +20,9 @@ GIB = 2**30
 FLOAT = 4  # bytes: PEFT trains adapters in float32
 ADAM = 2 * FLOAT
 NF4 = 0.56  # of a weight that load_in_4bit keeps in four bits, with the scales of its blocks
-# What a process holds before it has a model: interpreter and libraries on a CPU; context, kernels and NCCL's buffers on a GPU.
-PROCESS_GIB = {"cpu": 0.75, "gpu": 2.0}
+# What a process holds besides the model: interpreter, libraries and what they keep for their kernels; on a GPU the context, the
+# kernels and NCCL's buffers.
+PROCESS_GIB = {"cpu": 0.85, "gpu": 2.0}
 USABLE = 0.9  # of a device's memory: the rest goes to the allocator's gaps
 LOGITS_ON_GPU = 256  # positions whose logits TRL's fused head holds at once
 
@@ -107,28 +108,33 @@ def flops_per_token(model: Shape, tokens: int, checkpointing: bool) -> float:
     return forward * (3 if checkpointing else 2)
 
 
-def _activations(model: Shape, training: Training) -> float:
-    """Bytes that the backward pass needs of one decoder layer, a token."""
+def activations(model: Shape, training: Training, devices: Devices) -> float:
+    """Bytes that the backward pass needs of one decoder layer, a token: what autograd saves, without the weights."""
     config = model.config
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner, width = config.hidden_size, config.intermediate_size, training.activation_bytes
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    keys = config.num_key_value_heads * head
-    used = getattr(config, "num_experts_per_tok", 1)
-    # Inputs of both norms, in float32 and as they come out; queries, keys, values, the attention's output
-    attention = 2 * (2 * hidden * FLOAT / training.activation_bytes + hidden) + 2 * (
-        config.num_attention_heads * head + 2 * keys
-    )
-    # Of each expert: its input, two projections, the activation, their product and the output
-    mlp = used * (4 * inner + hidden) + hidden
-    return training.activation_bytes * (attention + mlp)
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    norms = 2 * (hidden + 1) * FLOAT
+    # Queries, the attention's output, keys, values; a CPU attends in float32 (src/finteam_experts/sequence_attention.py)
+    attention = 2 * (heads + key_heads) * head * (FLOAT if devices.kind == "cpu" else width)
+    targets = set(training.lora.get("target_modules") or ())
+    adapted = ({"q_proj", "k_proj", "v_proj"} & targets != set()) + ("o_proj" in targets)
+    inputs = adapted * hidden * width  # of frozen layers nothing is saved
+    # Of an MLP: its input, both projections, the activation and their product. A chosen expert keeps a copy of its tokens, its
+    # output and that times the gate; where all are used, none copies its tokens
+    used = getattr(config, "num_experts_per_tok", 0)
+    copies = 3 * used if used < getattr(config, "num_local_experts", 0) else used + 1
+    mlp = (max(used, 1) * 4 * inner + copies * hidden) * width
+    rank = training.lora.get("r", 0) * (len(targets) + 3 * max(used - 1, 0)) * width
+    return norms + attention + inputs + mlp + rank
 
 
 def memory(model: Shape, training: Training, devices: Devices) -> dict[str, float]:
     """GiB on each device, by part."""
-    shards = devices.count if training.sharded else 1
+    shards, width = devices.count if training.sharded else 1, training.activation_bytes
     config, tokens = model.config, training.sequences * training.tokens
-    a_layer = _activations(model, training) * tokens
-    kept = config.hidden_size * training.activation_bytes * tokens  # of each layer, with checkpointing: its input
+    a_layer = activations(model, training, devices) * tokens
+    kept = config.hidden_size * width * tokens  # of each layer, with checkpointing: its input
     layers = config.num_hidden_layers
     copies = model.adapted_experts * training.weight_bytes / (layers if training.checkpointing else 1)
     labelled = training.sequences * training.labelled
@@ -141,7 +147,8 @@ def memory(model: Shape, training: Training, devices: Devices) -> dict[str, floa
         else 0,  # one computes, the next is fetched
         "adapted copies of experts": copies,
         "activations": layers * kept + a_layer if training.checkpointing else layers * a_layer,
-        "logits": 3 * positions * config.vocab_size * FLOAT,  # themselves, their softmax and their gradient
+        # In float32 themselves, their softmax and their gradient; before that as the model gives them, and its gradient
+        "logits": positions * config.vocab_size * (3 * FLOAT + (2 * width if width < FLOAT else 0)),
     }
     return {name: part / GIB for name, part in parts.items()} | {"process": PROCESS_GIB[devices.kind]}
 

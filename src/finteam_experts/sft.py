@@ -4,6 +4,8 @@
 import torch
 from trl import SFTTrainer
 
+from finteam_experts.task_routing import EXPERT, TaskRouting, with_experts
+
 # A CPU compiles its kernels anew for every new number of tokens in bfloat16: batches are filled up to a multiple of this.
 TOKENS = 32
 
@@ -16,7 +18,21 @@ class CompactHeadSFTTrainer(SFTTrainer):
     the logged entropy is left out. Applies to padding-free batches (`packing: true`); others take TRL's own path.
     """
 
+    task_routing: TaskRouting | None = None
+
+    def route_by_task(self) -> None:
+        """Train each row in the expert that the dataset's column `expert` names."""
+        self.task_routing = TaskRouting(self.accelerator.unwrap_model(self.model).get_base_model())
+        self.data_collator = with_experts(self.data_collator)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self.task_routing and EXPERT not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, EXPERT]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.task_routing:
+            self.task_routing.experts = inputs.pop(EXPERT)  # stays for the second forward pass of checkpointing
         if return_outputs or not self.padding_free or inputs["input_ids"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][0, 1:]  # padding-free: all sequences of the batch lie in one row

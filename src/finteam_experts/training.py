@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,7 +45,7 @@ _NOT_INPUTS = (
     "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
     "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "heldout_passages", "accelerator_config", "debug",
-    "role", "routing_", "activation_checkpointing", "gradient_checkpointing",
+    "role", "corpus", "routing_", "activation_checkpointing", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -147,17 +147,19 @@ def begin_on_all(target: Path, step: str, inputs: dict[str, Any]) -> Path | None
 
 def train_lora(
     model_folder: Path,
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     training_args: SFTConfig,
     model_args: BaseModelConfig,
     work: Path,
     callback_of: Callable[[SFTTrainer], TrainerCallback] | None = None,
     experts_at_once: int | None = None,
+    route_by_task: bool = False,
 ) -> SFTTrainer:
     """Train a LoRA on `dataset`, with checkpoints in `work`, from the last complete one if there is any.
 
-    `callback_of(trainer)` makes a callback that needs the trainer; `experts_at_once` is for `split_experts`.
+    `callback_of(trainer)` makes a callback that needs the trainer; `experts_at_once` is for `split_experts`. With
+    `route_by_task` the dataset's column `expert` says which expert of the MoE a row goes through.
     """
     if training_args.use_cpu:  # `accelerate launch` leaves each process with one thread
         torch.set_num_threads(max(1, os.cpu_count() // PartialState().num_processes))
@@ -199,6 +201,8 @@ def train_lora(
     )
     if on_cpu:
         fuse_lora(trainer.model)
+    if route_by_task:
+        trainer.route_by_task()
     if callback_of:
         trainer.add_callback(callback_of(trainer))
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
