@@ -120,8 +120,8 @@ def activations(model: Shape, training: Training, devices: Devices) -> float:
     targets = set(training.lora.get("target_modules") or ())
     adapted = ({"q_proj", "k_proj", "v_proj"} & targets != set()) + ("o_proj" in targets)
     inputs = adapted * hidden * width  # of frozen layers nothing is saved
-    # Of an MLP: its input, both projections, the activation and their product. A chosen expert keeps a copy of its tokens, its
-    # output and that times the gate; where all are used, none copies its tokens
+    # Of an MLP: its input, both projections, the activation and their product. A chosen expert keeps a copy of its tokens and
+    # its output, and what both are filled up with; where all are used, none copies its tokens
     used = getattr(config, "num_experts_per_tok", 0)
     copies = 3 * used if used < getattr(config, "num_local_experts", 0) else used + 1
     mlp = (max(used, 1) * 4 * inner + copies * hidden) * width

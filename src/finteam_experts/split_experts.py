@@ -39,26 +39,30 @@ class SplitExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Mix the chosen experts' outputs: `hidden_states` [tokens, hidden], the others [tokens, experts a token]."""
-        mixed = torch.zeros_like(hidden_states)
         chosen = torch.ones_like(top_k_index, dtype=torch.bool)
         if self.training and self.at_once:
             drawn = torch.randperm(len(self.experts))[: self.at_once]
             chosen = torch.isin(top_k_index, drawn.to(top_k_index.device))
             top_k_weights = top_k_weights * chosen
             top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
-        all_of_all = top_k_index.shape[-1] == len(self.experts) and not self.at_once
-        for place, expert in enumerate(self.experts):
-            if all_of_all:  # nothing to gather
+        mixed = torch.zeros_like(hidden_states)
+        if top_k_index.shape[-1] == len(self.experts) and not self.at_once:  # nothing to gather
+            for place, expert in enumerate(self.experts):
                 gate = (top_k_weights * (top_k_index == place)).sum(-1, keepdim=True)
                 mixed = mixed + (self._output(expert, hidden_states) * gate).to(mixed.dtype)
-                continue
+            return mixed
+        # One gather for all experts and one sum, as each costs about as much as a small matrix product
+        tokens, gates = [], []
+        for place in range(len(self.experts)):
             token, choice = torch.where((top_k_index == place) & chosen)
-            if not len(token) and not self.training:  # while training, every process has to use the same parameters
-                continue
-            own = nn.functional.pad(hidden_states[token], (0, 0, 0, -len(token) % ROWS))
-            own = self._output(expert, own)[: len(token)]
-            mixed = mixed.index_add(0, token, (own * top_k_weights[token, choice, None]).to(mixed.dtype))
-        return mixed
+            missing = -len(token) % ROWS  # filled up with the first token, which counts for nothing
+            tokens.append(nn.functional.pad(token, (0, missing)))
+            gates.append(nn.functional.pad(top_k_weights[token, choice], (0, missing)))
+        index = torch.cat(tokens)
+        own = hidden_states[index].split([len(token) for token in tokens])
+        # An expert without tokens takes part all the same: every process has to use the same parameters
+        outputs = torch.cat([self._output(expert, part) for expert, part in zip(self.experts, own, strict=True)])
+        return mixed.index_add(0, index, (outputs * torch.cat(gates)[:, None]).to(mixed.dtype))
 
     def _output(self, expert: nn.ModuleDict, hidden_states: torch.Tensor) -> torch.Tensor:
         return expert["down_proj"](self.act_fn(expert["gate_proj"](hidden_states)) * expert["up_proj"](hidden_states))
