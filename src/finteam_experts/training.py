@@ -239,7 +239,9 @@ def end(trainer: SFTTrainer) -> None:
 
 
 def _release(trainer: SFTTrainer) -> None:
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    handler = trainer.callback_handler
+    handler.model = handler.optimizer = handler.lr_scheduler = handler.train_dataloader = None
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
 
 
