@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFT trainer with a language-model head that suits CPUs."""
+"""TRL's SFT trainer with a language-model head that suits CPUs, and with rows that choose their expert."""
 
 import torch
 from trl import SFTTrainer
