@@ -4,8 +4,8 @@
     python scripts/benchmark_training.py --run_dir outputs/quickstart --recipes recipes/sample
 
 For each step, ours and TRL's run in turn, in processes of their own, `--rounds` times. Tokens are those that are not padding;
-the first logged steps are left out of the speed. GiB are what the process held at most until its last step, beside the plan's
-(scripts/plan.py). TRL pads a batch and adapts an MoE's fused experts, as it does by default.
+the first logged steps are left out of the speed. GiB are what the process held at most until its last step, which is
+what scripts/plan.py plans. TRL pads a batch and adapts an MoE's fused experts, as it does by default.
 """
 
 import argparse

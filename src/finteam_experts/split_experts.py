@@ -51,7 +51,7 @@ class SplitExperts(nn.Module):
                 gate = (top_k_weights * (top_k_index == place)).sum(-1, keepdim=True)
                 mixed = mixed + (self._output(expert, hidden_states) * gate).to(mixed.dtype)
             return mixed
-        # One gather for all experts and one sum, as each costs about as much as a small matrix product
+        # One gather for all experts, and one sum
         tokens, gates = [], []
         for place in range(len(self.experts)):
             token, choice = torch.where((top_k_index == place) & chosen)
