@@ -59,10 +59,10 @@ class SplitExperts(nn.Module):
             tokens.append(nn.functional.pad(token, (0, missing)))
             gates.append(nn.functional.pad(top_k_weights[token, choice], (0, missing)))
         index = torch.cat(tokens)
-        own = hidden_states[index].split([len(token) for token in tokens])
+        own = hidden_states.index_select(0, index).split([len(token) for token in tokens])
         # An expert without tokens takes part all the same: every process has to use the same parameters
         outputs = torch.cat([self._output(expert, part) for expert, part in zip(self.experts, own, strict=True)])
-        return mixed.index_add(0, index, (outputs * torch.cat(gates)[:, None]).to(mixed.dtype))
+        return mixed.index_add(0, index, outputs.to(mixed.dtype) * torch.cat(gates)[:, None].to(mixed.dtype))
 
     def _output(self, expert: nn.ModuleDict, hidden_states: torch.Tensor) -> torch.Tensor:
         return expert["down_proj"](self.act_fn(expert["gate_proj"](hidden_states)) * expert["up_proj"](hidden_states))
