@@ -17,7 +17,7 @@ from finteam_experts.runs import read_record
 from finteam_experts.task_routing import TaskRouting, with_experts
 
 BY_TASK = ("--route_by_task", "true", "--router_aux_loss_coef", "0")
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MICRO_ALONE = ("--rows_per_task", 12, "--rows_of_task", '{"headlines": 0, "stock_movement": 0}')
 
 
@@ -45,9 +45,9 @@ def test_the_experts_of_a_batch_replace_the_gates_choice_while_training(done_run
 def test_an_expert_learns_from_its_own_tasks_alone_and_attention_from_all(copied_run, split):
     shutil.rmtree(copied_run / "moe-instruct")
     recipe = yaml.safe_load((REPOSITORY / "recipes/sample/instruct_tune_moe.yaml").read_text())
-    if split:
-        del recipe["lora_target_parameters"], recipe["model_init_kwargs"]
-        recipe["lora_target_modules"] = LINEAR
+    if not split:
+        recipe["lora_target_modules"] = ATTENTION
+        recipe["lora_target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     path = copied_run / "instruct_tune.yaml"
     path.write_text(yaml.safe_dump(recipe))
     options = ("--config", path, "--run_dir", copied_run, *SHORT)
