@@ -23,7 +23,7 @@ from finteam_experts.comparison_tables import plot, render_all, render_short
 from finteam_experts.data import read_task, row_limits, rows_to_score, task_file, tuning_rows
 from finteam_experts.errors import InputError, run
 from finteam_experts.floors import bag_of_words_predictions, majority_predictions
-from finteam_experts.metrics import difference_on_rows, scores_with_errors
+from finteam_experts.metrics import difference_on_rows, majority_vote, scores_with_errors
 from finteam_experts.tasks import TASKS
 
 README = Path("README.md")
@@ -75,6 +75,22 @@ def floors(comparison: Comparison, data: Path, rows: dict[str, list[dict[str, st
     return result
 
 
+def vote(
+    comparison: Comparison, found: dict[str, list[dict]], rows: dict[str, list[dict[str, str]]]
+) -> dict[str, Any] | None:
+    """Scores of all tuned baselines together: what as many models that run side by side would gain. `None` for fewer than 3."""
+    voters = [result for name in comparison.baselines for result in found.get(name, ())]
+    if len(voters) < 3:
+        return None
+    result: dict[str, Any] = {"models": len(voters), "tasks": {}}
+    for task, own in rows.items():
+        labels = TASKS[task].labels
+        predictions = np.array([list(map(int, voter["test"]["tasks"][task]["predictions"])) for voter in voters])
+        true = np.array([labels.index(row["label"]) for row in own])
+        result["tasks"][task] = scores_with_errors(true, majority_vote(predictions, len(labels)), len(labels))
+    return result
+
+
 def differences(
     comparison: Comparison, found: dict[str, list[dict]], rows: dict[str, list[dict[str, str]]]
 ) -> dict[str, dict[str, Any]]:
@@ -114,6 +130,7 @@ def main() -> None:
             "results": digest(found),
             "rows": {task: len(own) for task, own in rows.items()},
             "floors": floors(comparison, args.data_dir, rows),
+            "vote": vote(comparison, found, rows),
             "differences": differences(comparison, found, rows),
         }
         runs.write_json(summary_file, summary)

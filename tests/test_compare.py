@@ -14,7 +14,7 @@ from finteam_experts.comparison import read_comparison
 from finteam_experts.comparison_tables import render_all, render_short
 from finteam_experts.errors import InputError
 from finteam_experts.floors import bag_of_words_predictions, majority_predictions
-from finteam_experts.metrics import paired_difference
+from finteam_experts.metrics import majority_vote, paired_difference
 from finteam_experts.models import parameter_counts
 from finteam_experts.tasks import TASKS
 
@@ -270,6 +270,11 @@ def test_rows_that_share_a_text_are_drawn_together():
         ]
         width[name] = found["high"] - found["low"]
     assert width["texts"] > 2 * width["rows"]
+
+
+def test_the_first_model_decides_a_tied_vote():
+    predictions = np.array([[2, 2, 0, 1], [1, 0, 0, 1], [1, 1, 2, 0], [2, 0, 0, 0]])
+    assert majority_vote(predictions, 3).tolist() == [2, 0, 0, 1]
 
 
 def test_floors():

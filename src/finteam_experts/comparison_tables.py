@@ -40,15 +40,19 @@ def _task_header() -> list[str]:
 
 
 def score_table(comparison: Comparison, found: Results, summary: dict[str, Any]) -> str:
-    """Main score of every contestant and floor."""
-    rows = []
-    for name, by_task in summary["floors"].items():
+    """Main score of every contestant and floor, and of the baselines' vote."""
+
+    def row(name: str, by_task: dict[str, dict[str, float]]) -> list[str]:
         values = [by_task[task][TASKS[task].main_score] for task in TASKS]
-        rows.append([name, *(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}", ""])
+        return [name, *(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}", ""]
+
+    rows = [row(name, by_task) for name, by_task in summary["floors"].items()]
     for contestant in comparison.contestants:
         if results := found.get(contestant.name):
             title = f"**{contestant.title}**" if contestant.name == comparison.team else contestant.title
             rows.append([title, *map(_cell, main_scores(results).values()), str(len(results))])
+    if vote := summary["vote"]:
+        rows.append(row(f"the {vote['models']} baseline models, voting", vote["tasks"]))
     return table(["", *_task_header(), "average", "seeds"], rows)
 
 

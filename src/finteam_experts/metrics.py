@@ -47,6 +47,12 @@ def scores_with_errors(labels: np.ndarray, predictions: np.ndarray, classes: int
     return result
 
 
+def majority_vote(predictions: np.ndarray, classes: int) -> np.ndarray:
+    """What most of the models say of each row: `predictions` [models, rows] to [rows]. The first model decides a tie."""
+    ballots = predictions[..., None] == np.arange(classes)  # [models, rows, classes]
+    return (ballots.sum(axis=0) + ballots[0] / 2).argmax(axis=-1)
+
+
 def paired_difference(
     labels: dict[str, np.ndarray],
     units: dict[str, np.ndarray],
