@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The whole road on a small real model, in order. Complete steps are skipped: run it again after an interruption.
 #
-#   bash scripts/quickstart.sh                                        # sample data, about 19 minutes on 2 cores
+#   bash scripts/quickstart.sh                                        # sample data, about 11 minutes on 2 cores
 #   bash scripts/quickstart.sh --max_steps 4 --limit 8                # every step, shortened
 #   bash scripts/quickstart.sh --run_dir outputs/mine --data_dir DIR  # your own data directory
 #   bash scripts/quickstart.sh --run_dir outputs/mine --base ID       # your own base: folder or Hub id
