@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finteam_experts import adapter_merge
@@ -64,6 +65,20 @@ def test_the_merged_model_is_the_adapted_one(adapted, tmp_path, case):
         merged = load_model(tmp_path / "merged")(TOKENS).logits
         assert not torch.allclose(load_model(folder)(TOKENS).logits, logits, atol=1e-2)
     torch.testing.assert_close(merged, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_router_that_was_trained_in_bfloat16(adapted, tmp_path):
+    part, settings = CASES["fused experts and router"]
+    folder, adapter, _ = adapted(part, **settings)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    low = {name: tensor.bfloat16() if "gate.weight" in name else tensor for name, tensor in tensors.items()}
+    assert any(tensor.dtype == torch.bfloat16 for tensor in low.values())
+    save_file(low, path, metadata={"format": "pt"})
+    assert merge_adapter(folder, adapter, tmp_path / "merged") < 1e-4
+    gate = load_model(tmp_path / "merged").model.layers[0].mlp.gate.weight
+    trained = next(tensor for name, tensor in low.items() if "layers.0.mlp.gate.weight" in name)
+    torch.testing.assert_close(gate.data, trained.float(), atol=0, rtol=0)
 
 
 def test_equal_to_the_bit_to_pefts_merge_of_the_whole(adapted, tmp_path):

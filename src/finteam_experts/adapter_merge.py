@@ -66,7 +66,9 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
                     model = _one_layer(config, {_as_first(name): stored.slice(name) for name in names})
                 if split:
                     split_experts(model)
-                own = {_as_first(name): adapter[name] for name in changes[layer]}
+                own = {
+                    _as_first(name): adapter[name].float() for name in changes[layer]
+                }  # a router is saved as trained
                 model, off = _merged(get_peft_model(model, adapter_config, low_cpu_mem_usage=True), own)
                 if not off <= _TOLERANCE:  # also when it is NaN
                     raise InputError(
