@@ -54,6 +54,16 @@ def labels_of(comparison: Comparison, data: Path, found: dict[str, list[dict]]) 
     return {task: rows_to_score(data, task, "test", comparison.limit) for task in TASKS}
 
 
+def true_labels(task: str, rows: list[dict[str, str]]) -> np.ndarray:
+    """Each row's label as its place in the task's list."""
+    return np.array([TASKS[task].labels.index(row["label"]) for row in rows])
+
+
+def predicted_labels(task: str, results: list[dict[str, Any]]) -> np.ndarray:
+    """What each result's model says of each test row, [results, rows], as places in the task's list."""
+    return np.array([list(map(int, result["test"]["tasks"][task]["predictions"])) for result in results])
+
+
 def floors(comparison: Comparison, data: Path, rows: dict[str, list[dict[str, str]]]) -> dict[str, dict[str, Any]]:
     """Scores of the majority class and of a bag of words, trained on the tuning rows of seed 0 or on all of train."""
     recipe = yaml.safe_load(Path(next(c.recipe for c in comparison.contestants if c.recipe)).read_text())
@@ -68,10 +78,9 @@ def floors(comparison: Comparison, data: Path, rows: dict[str, list[dict[str, st
             "bag of words, same rows": bag_of_words_predictions(same, test),
             "bag of words, all rows": bag_of_words_predictions(read_task(data, task, "train"), test),
         }
-        true = np.array([labels.index(row["label"]) for row in test])
         for name, predicted in predictions.items():
             classes = np.array([labels.index(label) for label in predicted])
-            result[name][task] = scores_with_errors(true, classes, len(labels))
+            result[name][task] = scores_with_errors(true_labels(task, test), classes, len(labels))
     return result
 
 
@@ -84,10 +93,9 @@ def vote(
         return None
     result: dict[str, Any] = {"models": len(voters), "tasks": {}}
     for task, own in rows.items():
-        labels = TASKS[task].labels
-        predictions = np.array([list(map(int, voter["test"]["tasks"][task]["predictions"])) for voter in voters])
-        true = np.array([labels.index(row["label"]) for row in own])
-        result["tasks"][task] = scores_with_errors(true, majority_vote(predictions, len(labels)), len(labels))
+        classes = len(TASKS[task].labels)
+        chosen = majority_vote(predicted_labels(task, voters), classes)
+        result["tasks"][task] = scores_with_errors(true_labels(task, own), chosen, classes)
     return result
 
 
@@ -95,13 +103,7 @@ def differences(
     comparison: Comparison, found: dict[str, list[dict]], rows: dict[str, list[dict[str, str]]]
 ) -> dict[str, dict[str, Any]]:
     """Every contestant's difference to each baseline, with intervals."""
-    predictions = {
-        name: {
-            task: np.array([list(map(int, result["test"]["tasks"][task]["predictions"])) for result in results])
-            for task in TASKS
-        }
-        for name, results in found.items()
-    }
+    predictions = {name: {task: predicted_labels(task, results) for task in TASKS} for name, results in found.items()}
     return {
         name: {
             baseline: difference_on_rows(rows, own, predictions[baseline])

@@ -67,7 +67,7 @@ def test_the_merged_model_is_the_adapted_one(adapted, tmp_path, case):
     torch.testing.assert_close(merged, logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_router_that_was_trained_in_bfloat16(adapted, tmp_path):
+def test_a_router_that_was_trained_in_bfloat16_is_merged(adapted, tmp_path):
     part, settings = CASES["fused experts and router"]
     folder, adapter, _ = adapted(part, **settings)
     path = adapter / "adapter_model.safetensors"

@@ -66,9 +66,8 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
                     model = _one_layer(config, {_as_first(name): stored.slice(name) for name in names})
                 if split:
                     split_experts(model)
-                own = {
-                    _as_first(name): adapter[name].float() for name in changes[layer]
-                }  # a router is saved as trained
+                # PEFT keeps a LoRA in fp32, but a router in whatever the model was trained in
+                own = {_as_first(name): adapter[name].float() for name in changes[layer]}
                 model, off = _merged(get_peft_model(model, adapter_config, low_cpu_mem_usage=True), own)
                 if not off <= _TOLERANCE:  # also when it is NaN
                     raise InputError(
