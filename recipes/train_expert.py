@@ -12,31 +12,41 @@ on the MLP alone: that is all that becomes an expert of the MoE. Any TRL setting
 dense model that knows what the roles share. Give it to the later steps as --base RUN_DIR/trunk.
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from finteam_experts.threads import use_available_cores  # before torch
 
 from datasets import Dataset, IterableDataset, interleave_datasets
 from trl import SFTConfig
 
-from finteam_experts import runs
-from finteam_experts.data import corpus_file, read_corpus, stream_corpus
-from finteam_experts.errors import InputError, run
-from finteam_experts.merge_config import MERGE_FILE, SHARED, check_role, read_merge_config, trained_roles
-from finteam_experts.models import MLP_MODULES, check_base, fingerprint, load_tokenizer, local_folder
-from finteam_experts.perplexity import heldout_loss
-from finteam_experts.training import (
-    ADAPTER,
+from finteam_experts import leaks, runs
+from finteam_experts.arguments import (
     BaseModelConfig,
     RunArguments,
-    begin_on_all,
-    end,
-    merge_trained,
+    check_length,
+    check_lora,
     parse,
     settings,
     share_batch,
-    train_lora,
 )
+from finteam_experts.batches import encode
+from finteam_experts.data import check_passages, corpus_file, read_corpus
+from finteam_experts.errors import InputError, run
+from finteam_experts.merge_config import MERGE_FILE, SHARED, check_role, read_merge_config, trained_roles
+from finteam_experts.models import (
+    ADAPTER_FILE,
+    MLP_MODULES,
+    PLAIN_TEXT_PARTS,
+    check_base,
+    fingerprint,
+    load_tokenizer,
+    local_folder,
+)
+from finteam_experts.perplexity import heldout_loss, perplexity
+from finteam_experts.streams import describe, stream_corpus
+from finteam_experts.tasks import TASKS
+from finteam_experts.training import ADAPTER, begin_on_all, end, merge_trained, merged_files, train_lora
 
 
 @dataclass
@@ -63,24 +73,27 @@ def team_passages(data: Path, names: list[str]) -> Dataset:
 
 
 def role_text(
-    args: ExpertArguments, data: Path, role: str, corpora: list[str], max_steps: int
+    args: ExpertArguments, data: Path, role: str, corpora: list[str], training_args: SFTConfig
 ) -> tuple[Dataset | IterableDataset, object]:
     """The passages to train on, and what the record says of where they are from."""
     if args.corpus is None:
-        passages = team_passages(data, corpora)
+        for name in corpora:
+            check_passages(data, name, read_corpus(data, name))
+        leaks.check_corpora(data, corpora, TASKS)
         hashes = {name: runs.file_hash(corpus_file(data, name)) for name in corpora}
-        return passages, hashes if role == SHARED else hashes[role]
-    if role == SHARED or max_steps < 1:
+        return team_passages(data, corpora), hashes if role == SHARED else hashes[role]
+    if role == SHARED or training_args.max_steps < 1:
         raise InputError(
-            f"corpus is {args.corpus}, role {role} and max_steps {max_steps}: a stream is one role's, and its end is not known. "
-            "Name a role, and set max_steps."
+            f"corpus is {args.corpus}, role {role} and max_steps {training_args.max_steps}: a stream is one role's, and its end "
+            "is not known. Name a role, and set max_steps."
         )
-    source = {"files": args.corpus, "column": args.corpus_column}
-    return stream_corpus(args.corpus, args.corpus_column), source
+    passages = stream_corpus(args.corpus, args.corpus_column, training_args.seed, leaks.holds_test_text(data, TASKS))
+    return passages, describe(args.corpus, args.corpus_column)
 
 
 def main() -> None:
     script_args, training_args, model_args = parse((ExpertArguments, SFTConfig, BaseModelConfig))
+    use_available_cores()
     share_batch(script_args.rows_per_step, training_args)
     merge_config = Path(script_args.merge_config)
     if script_args.role == SHARED:
@@ -88,25 +101,27 @@ def main() -> None:
     else:
         role = check_role(script_args.role, merge_config)
         corpora = [role]
-    modules = set(model_args.lora_target_modules or ["?"])
-    if not model_args.use_peft or (role != SHARED and not modules <= set(MLP_MODULES)):
-        raise InputError(
-            f"lora_target_modules is {model_args.lora_target_modules} (use_peft: {model_args.use_peft}). A role expert "
-            f"adapts {', '.join(MLP_MODULES)} only: the merge takes attention from the base and would drop the rest."
-        )
     run_dir, data = Path(script_args.run_dir), script_args.data_folder()
     base = local_folder(model_args.model_name_or_path or str(run_dir / "base"))
-    check_base(base)
+    config = check_base(base)
+    check_lora(model_args, config, allowed=None if role == SHARED else MLP_MODULES)
+    check_length(training_args.max_length, config, "max_length")
     tokenizer = load_tokenizer(base)
-    passages, corpus = role_text(script_args, data, role, corpora, training_args.max_steps)
+    passages, corpus = role_text(script_args, data, role, corpora, training_args)
     heldout = [
         text for name in corpora for text in read_corpus(data, name, heldout=True)[: script_args.heldout_passages]
     ]
+    if not encode(tokenizer, heldout, 3):
+        raise InputError(
+            f"{corpus_file(data, corpora[0], heldout=True)}: its first {len(heldout)} passages are of one token or none, of which "
+            "there is no perplexity. Add longer ones, or raise heldout_passages."
+        )
 
     target = run_dir / "trunk" if role == SHARED else run_dir / "adapters" / role
+    # the trunk is a model with its chat template, an adapter knows plain text alone
     inputs = {
         "role": role,
-        "base": fingerprint(base),
+        "base": fingerprint(base) if role == SHARED else fingerprint(base, PLAIN_TEXT_PARTS),
         "corpus": corpus,
         "settings": settings(script_args, training_args, model_args),
     }
@@ -118,12 +133,12 @@ def main() -> None:
     trainer.save_model(str(work / ADAPTER if role == SHARED else work))
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    after = heldout_loss(model, tokenizer, heldout)
+    after = perplexity(heldout_loss(model, tokenizer, heldout))
     with model.disable_adapter():
-        before = heldout_loss(model, tokenizer, heldout)
+        before = perplexity(heldout_loss(model, tokenizer, heldout))
     results = {
-        "heldout_perplexity_before": round(math.exp(before), 3),
-        "heldout_perplexity_after": round(math.exp(after), 3),
+        "heldout_perplexity_before": round(before, 3),
+        "heldout_perplexity_after": round(after, 3),
         "heldout_passages": len(heldout),
         "train_tokens": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,
@@ -131,10 +146,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         if role == SHARED:
             results["merge_difference"] = merge_trained(trainer, base, work)
-        else:
-            runs.remove_all_but(work, ("adapter_config.json", "adapter_model.safetensors", runs.RECORD))
-        runs.finish(target, {"results": results})
-        print(f"{target}: held-out perplexity of {role} {math.exp(before):.2f} before, {math.exp(after):.2f} after")
+        keep = merged_files(work) if role == SHARED else ("adapter_config.json", ADAPTER_FILE)
+        runs.finish(target, {"results": results}, keep=keep)
+        print(f"{target}: held-out perplexity of {role} {before:.2f} before, {after:.2f} after")
     end(trainer)
 
 

@@ -16,23 +16,20 @@ import numpy as np
 from accelerate import PartialState
 from lm_eval.models.huggingface import HFLM
 
-from finteam_experts.data import rows_to_score
+from finteam_experts.data import rows_to_score, tasks_of
 from finteam_experts.errors import run
-from finteam_experts.models import load_model, load_tokenizer, local_folder
+from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from finteam_experts.scoring import LabelScoringLM, run_lm_eval
 from finteam_experts.tasks import TASKS, render
 
 
 def label_scores(output: dict) -> np.ndarray:
-    """Every label's log-likelihood, in the order of tasks, rows and labels."""
-    return np.array(
-        [
-            score
-            for samples in output["samples"].values()
-            for sample in samples
-            for score, _ in sample["filtered_resps"]
-        ]
-    )
+    """How far every label's log-likelihood lies above its row's first label's, in the order of tasks, rows and labels.
+
+    lm-eval also counts the white space at a prompt's end, which is the same for all labels of a row.
+    """
+    rows = [sample["filtered_resps"] for samples in output["samples"].values() for sample in samples]
+    return np.array([score - row[0][0] for row in rows for score, _ in row])
 
 
 def main() -> None:
@@ -45,13 +42,13 @@ def main() -> None:
 
     folder = local_folder(args.model)
     model, tokenizer = load_model(folder).to(PartialState().device), load_tokenizer(folder)
-    rows = {task: rows_to_score(args.data_dir, task, "test", args.limit) for task in TASKS}
-    prompts = {task: [render(TASKS[task], row, tokenizer) for row in own] for task, own in rows.items()}
+    rows = {task: rows_to_score(args.data_dir, task, "test", args.limit) for task in tasks_of(args.data_dir)}
+    prompts = {task: render(TASKS[task], own, tokenizer) for task, own in rows.items()}
     answers = {task: [row["label"] for row in own] for task, own in rows.items()}
     count = sum(map(len, rows.values()))
     ways = {
         "lm-eval": lambda: HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto"),
-        "ours": lambda: LabelScoringLM(pretrained=model, tokenizer=tokenizer),
+        "ours": lambda: LabelScoringLM(pretrained=model, form=as_chats(tokenizer, folder)),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     found = {}
@@ -65,7 +62,7 @@ def main() -> None:
     difference = np.abs(label_scores(found["ours"]) - label_scores(found["lm-eval"])).max()
     ratios = [ours / plain for ours, plain in zip(speeds["ours"], speeds["lm-eval"], strict=True)]
     print(f"{count} rows: {' and '.join(f'{ratio:.2f}' for ratio in ratios)} times lm-eval's rows per second")
-    print(f"largest difference of a label's log-likelihood: {difference:.1e} nats")
+    print(f"largest difference of a label's log-likelihood to its row's first: {difference:.1e} nats")
     for task in rows:
         ours, plain = (found[name]["results"][task]["acc,none"] for name in ("ours", "lm-eval"))
         print(f"{task}: accuracy {ours:.4f}, lm-eval {plain:.4f}")

@@ -28,10 +28,10 @@ from rich.table import Table
 from trl import ModelConfig, SFTConfig
 
 from finteam_experts.data import read_corpus, row_limits, tuning_rows, write_rows
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, read_yaml, run
 from finteam_experts.merge_config import MERGE_FILE, read_merge_config, trained_roles
-from finteam_experts.models import MLP_MODULES, load_tokenizer
-from finteam_experts.tasks import TASKS, conversation
+from finteam_experts.models import MLP_MODULES, as_chats, load_tokenizer
+from finteam_experts.tasks import TASKS, render
 
 LOGGING_STEPS = 5
 POLL_SECONDS = 0.2
@@ -96,7 +96,7 @@ def plain(step: Step, args: argparse.Namespace, folder: Path) -> list[str]:
     """TRL's own script with those of the recipe's settings that it knows, on the same rows."""
     write_rows(folder / "rows" / "train.jsonl", step.rows)
     known = {field.name for cls in (SFTConfig, ModelConfig) for field in dataclasses.fields(cls)}
-    settings = {key: value for key, value in yaml.safe_load(step.recipe.read_text()).items() if key in known}
+    settings = {key: value for key, value in read_yaml(step.recipe).items() if key in known}
     settings |= {
         "model_name_or_path": str(step.model),
         "dataset_name": str(folder / "rows"),
@@ -116,6 +116,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
     role = trained_roles(read_merge_config(MERGE_FILE))[0]
     base, moe = args.run_dir / "base", args.run_dir / "moe"
     tokenizer = load_tokenizer(base)
+    form = as_chats(tokenizer, base)
     passages = [{"text": text} for text in read_corpus(args.data_dir, role)]
     found = [
         Step("1: expert", "recipes/train_expert.py", args.recipes / "train_expert.yaml", base,
@@ -123,7 +124,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
     ]  # fmt: skip
     for title, model, name in (("3: dense", base, "dense"), ("3: team", moe, "moe")):
         recipe = args.recipes / f"instruct_tune_{name}.yaml"
-        content = yaml.safe_load(recipe.read_text())
+        content = read_yaml(recipe)
         limits = row_limits(content.get("rows_per_task"), content.get("rows_of_task"))
         drawn = tuning_rows(
             args.data_dir,
@@ -131,7 +132,13 @@ def steps(args: argparse.Namespace) -> list[Step]:
             limits,
             hold_out=content.get("hold_out_validation", False),
         )
-        rows = [conversation(TASKS[task], row, tokenizer) for task, row in drawn]
+        rows = [
+            {
+                "prompt": form.messages(render(TASKS[task], [row], tokenizer)[0]),
+                "completion": [{"role": "assistant", "content": row["label"]}],
+            }
+            for task, row in drawn
+        ]
         arguments = ("--base", str(base)) if model == base else ("--routing_steps", "0")
         found.append(Step(title, "recipes/instruct_tune.py", recipe, model, arguments, rows))
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STEP 4. Evaluate every model of a run on the four tasks, with lm-eval, in the chat format of training.
+"""STEP 4. Evaluate every model of a run on the tasks of its data, with lm-eval, in the chat format of training.
 
     python scripts/evaluate.py --run_dir outputs/quickstart
 
@@ -8,12 +8,13 @@ often use: the first label in the text that the model writes. Writes RUN_DIR/rep
 """
 
 import argparse
-import json
 import os
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from finteam_experts.threads import use_available_cores  # before torch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,49 +22,70 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
-from finteam_experts import runs
-from finteam_experts.data import rows_to_score, task_file
-from finteam_experts.errors import InputError, run
-from finteam_experts.metrics import confusion, difference_on_rows, scores, scores_with_errors
-from finteam_experts.models import fingerprint, load_model, load_tokenizer, local_folder
+from finteam_experts import leaks, runs
+from finteam_experts.chats import ChatFormat
+from finteam_experts.data import rows_to_score, scored_file, tasks_of
+from finteam_experts.errors import InputError, NotFiniteError, read_json, run
+from finteam_experts.metrics import (
+    confusion,
+    difference_on_rows,
+    scores,
+    scores_with_errors,
+    text_units,
+    unlike_written,
+)
+from finteam_experts.models import as_chats, fingerprint, load_model, load_tokenizer, local_folder
 from finteam_experts.routing import expert_shares
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers, run_lm_eval
 from finteam_experts.split_experts import split_experts
-from finteam_experts.tasks import TASKS, chat, render
+from finteam_experts.tasks import TASKS, prompting, render
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
 MODELS = ("base", DENSE, "moe", TEAM)
+MAX_NEW_TOKENS = 8  # of a written answer
 ROUTING_ROWS = 8  # prompts a task whose routing is looked at
 
 
-def evaluate_model(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[dict[str, str]]], work: Path, *, bf16: bool
-) -> dict[str, Any]:
+def evaluate_model(folder: Path, rows: dict[str, list[dict[str, str]]], work: Path, *, bf16: bool) -> dict[str, Any]:
     """Score one model on `rows` of each task; returns its part of the report."""
     start = time.monotonic()
+    form = as_chats(load_tokenizer(folder), folder)
     model = load_model(folder).to(PartialState().device)
-    if model.config.model_type == "mixtral":
-        split_experts(model)  # twice as fast on a CPU
-    prompts = {task: [render(TASKS[task], row, tokenizer) for row in rows[task]] for task in rows}
-    lm = LabelScoringLM(pretrained=model, tokenizer=tokenizer, bf16=bf16)
+    if model.config.model_type == "mixtral" and model.device.type == "cpu":
+        split_experts(model)  # twice as fast there; a GPU has kernels for fused experts
+    prompts = {task: render(TASKS[task], rows[task], form.tokenizer) for task in rows}
+    check_prompts(form, prompts, model.config.max_position_embeddings)
+    lm = LabelScoringLM(pretrained=model, form=form, bf16=bf16)
     output = run_lm_eval(lm, prompts, {task: [row["label"] for row in rows[task]] for task in rows}, work)
-    report: dict[str, Any] = {"tasks": {task: _task_report(task, output["samples"][task]) for task in rows}}
+    report: dict[str, Any] = {
+        "tasks": {task: _task_report(task, rows[task], output["samples"][task]) for task in rows}
+    }
     for task, result in report["tasks"].items():
         if abs(result["accuracy"] - output["results"][task]["acc,none"]) > 1e-9:
             raise RuntimeError(
                 f"{task}: accuracy {result['accuracy']} differs from lm-eval's {output['results'][task]}"
             )
-        result["generated"] = _generated(model, tokenizer, task, prompts[task], output["samples"][task])
+        result["generated"] = _generated(model, form, task, rows[task], prompts[task], output["samples"][task])
     if model.config.model_type == "mixtral":
         team = [member["name"] for member in runs.read_record(folder)["team"]]
-        report["routing"] = {task: _routing(model, tokenizer, team, prompts[task][:ROUTING_ROWS]) for task in rows}
+        report["routing"] = {task: _routing(model, form, team, prompts[task][:ROUTING_ROWS]) for task in rows}
     report["seconds"] = round(time.monotonic() - start, 1)
     return report
 
 
-def _task_report(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def check_prompts(form: ChatFormat, prompts: dict[str, list[str]], positions: int) -> None:
+    """Raise `InputError` if a task's longest prompt does not fit into the model's positions, with room for an answer."""
+    for task, own in prompts.items():
+        longest = max(map(len, form.prompts(own))) + MAX_NEW_TOKENS
+        if longest > positions:
+            raise InputError(
+                f"{task}: its longest prompt and an answer are {longest} tokens, and the model has {positions} positions "
+                "(max_position_embeddings). Lower max_text_tokens in the task's YAML."
+            )
+
+
+def _task_report(task: str, rows: list[dict[str, str]], samples: list[dict[str, Any]]) -> dict[str, Any]:
     labels = TASKS[task].labels
     scored = torch.tensor([[score for score, _ in sample["filtered_resps"]] for sample in samples], dtype=torch.double)
     predicted = scored.argmax(-1).numpy()
@@ -72,18 +94,24 @@ def _task_report(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
         "n": len(samples),
         # nats, of the true label among the task's: it moves before any prediction does
         "label_loss": torch.nn.functional.cross_entropy(scored, torch.from_numpy(true)).item(),
-        **scores_with_errors(true, predicted, len(labels)),
+        **scores_with_errors(true, predicted, len(labels), text_units(rows)),
         "predicted": {label: int((predicted == position).sum()) for position, label in enumerate(labels)},
         "predictions": [labels[position] for position in predicted],
     }
 
 
 def _generated(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: str, prompts: list[str], samples: list[dict]
-) -> dict[str, float]:
+    model: torch.nn.Module,
+    form: ChatFormat,
+    task: str,
+    rows: list[dict[str, str]],
+    prompts: list[str],
+    samples: list[dict],
+) -> dict[str, float | bool]:
     """Accuracy and weighted F1 of the first label in the greedy answer; an answer without one is wrong.
 
     Where a label is the likeliest continuation, the answer begins with it: only the other rows are generated.
+    `unlike_scores` is whether this accuracy is another than that of the label scores, beyond three standard errors.
     """
     labels = TASKS[task].labels
     answers: list[str | None] = [None] * len(samples)
@@ -91,23 +119,24 @@ def _generated(
         greedy = [label for label, (_, is_greedy) in zip(labels, sample["filtered_resps"], strict=True) if is_greedy]
         answers[row] = next(iter(greedy), None)
     rest = [row for row, answer in enumerate(answers) if answer is None]
-    for row, answer in zip(rest, greedy_answers(model, tokenizer, [prompts[row] for row in rest]), strict=True):
+    for row, answer in zip(
+        rest, greedy_answers(model, form, [prompts[row] for row in rest], max_new_tokens=MAX_NEW_TOKENS), strict=True
+    ):
         answers[row] = first_label(answer, labels)
     true = np.array([labels.index(sample["doc"]["label"]) for sample in samples])
     predicted = np.array([len(labels) if answer is None else labels.index(answer) for answer in answers])
+    scored = np.array([np.argmax([score for score, _ in sample["filtered_resps"]]) for sample in samples])
     found = scores(confusion(true, predicted, len(labels) + 1))
     return {
         "accuracy": float(found["accuracy"]),
         "weighted_f1": float(found["weighted_f1"]),
         "without_label": int((predicted == len(labels)).sum()),
+        "unlike_scores": unlike_written(scored == true, predicted == true, text_units(rows)),
     }
 
 
-def _routing(model, tokenizer: PreTrainedTokenizerBase, team: list[str], prompts: list[str]) -> dict[str, float]:
-    encoded = tokenizer.apply_chat_template([chat(prompt) for prompt in prompts], add_generation_prompt=True)[
-        "input_ids"
-    ]
-    shares = np.mean([expert_shares(model, ids).mean(0).tolist() for ids in encoded], axis=0)
+def _routing(model, form: ChatFormat, team: list[str], prompts: list[str]) -> dict[str, float]:
+    shares = np.mean([expert_shares(model, ids).mean(0).tolist() for ids in form.prompts(prompts)], axis=0)
     return dict(zip(team, map(float, shares), strict=True))
 
 
@@ -118,7 +147,8 @@ def majority(rows: dict[str, list[dict[str, str]]]) -> dict[str, dict[str, Any]]
         labels = TASKS[task].labels
         true = np.array([labels.index(row["label"]) for row in task_rows])
         label, _ = Counter(true.tolist()).most_common(1)[0]
-        result[task] = {"label": labels[label], **scores_with_errors(true, np.full_like(true, label), len(labels))}
+        errors = scores_with_errors(true, np.full_like(true, label), len(labels), text_units(task_rows))
+        result[task] = {"label": labels[label], **errors}
     return result
 
 
@@ -154,6 +184,20 @@ def print_table(report: dict[str, Any]) -> None:
     for name, part in report["differences"].items():
         cells = [f"{task} {d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for task, d in part.items()]
         print(f"{name}, main scores with 95 % intervals: {'; '.join(cells)}")
+    for name, part in report["models"].items():
+        for task, result in part["tasks"].items():
+            if (written := result["generated"])["unlike_scores"]:
+                print(
+                    f"Note: {name}, {task}: {result['accuracy']:.3f} right by label scores, and {written['accuracy']:.3f} in the "
+                    f"model's own words ({written['without_label']} of {result['n']} answers hold no label). One of them misleads: "
+                    "for a model that was not tuned, its words; for a tuned one, look at its chat template"
+                )
+    for task, counts in report["rows"].items():
+        if any(counts.values()):
+            print(
+                f"Note: {task}: {counts['repeated']} rows repeat another one, {counts['contradicting']} do so with another label. "
+                "Errors count a text once"
+            )
     for name, part in report["models"].items():
         for task, shares in part.get("routing", {}).items():
             print(
@@ -197,8 +241,11 @@ def main() -> None:
     if args.limit is not None and args.limit < 2:
         raise InputError(f"--limit {args.limit}: a standard error needs two rows or more.")
 
+    use_available_cores()
     data = args.data_dir or args.run_dir / "data"
-    rows = {task: rows_to_score(data, task, args.split, args.limit) for task in TASKS}
+    tasks = tasks_of(data)
+    leaks.check_tasks(data, tasks)
+    rows = {task: rows_to_score(data, task, args.split, args.limit) for task in tasks}
     folders = {name: args.run_dir / name for name in args.models}
     if "base" in folders:
         folders["base"] = local_folder(args.base or str(args.run_dir / "base"))
@@ -209,7 +256,8 @@ def main() -> None:
     target = args.run_dir / "reports" / f"{args.name}.json"
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
-        "tasks": {task: runs.file_hash(task_file(data, task, "test")) for task in TASKS},
+        "tasks": {task: runs.file_hash(scored_file(data, task, args.split)) for task in tasks},
+        "asked": prompting(),
         "split": args.split,
         "limit": args.limit,
         "bf16": args.bf16,
@@ -223,9 +271,13 @@ def main() -> None:
             print(f"{name}: scores are complete: skipped")
             continue
         print(f"Evaluating {name}")
-        runs.write_json(part, evaluate_model(folder, load_tokenizer(folder), rows, work, bf16=args.bf16))
-    models = {name: json.loads((work / f"{name}.json").read_text()) for name in folders}
-    report = {"majority": majority(rows), "models": models, "differences": differences(models, rows)}
+        try:
+            runs.write_json(part, evaluate_model(folder, rows, work, bf16=args.bf16))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{folder}: {error}") from None
+    models = {name: read_json(work / f"{name}.json") for name in folders}
+    counts = {task: leaks.repetitions(own) for task, own in rows.items()}
+    report = {"majority": majority(rows), "rows": counts, "models": models, "differences": differences(models, rows)}
     plot(report, target.with_suffix(".png"))
     runs.finish_report(target, report)
     print_table(report)

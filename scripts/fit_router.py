@@ -15,21 +15,30 @@ import argparse
 import random
 from pathlib import Path
 
+from finteam_experts.threads import use_available_cores  # before torch
+
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from finteam_experts import runs
 from finteam_experts.batches import encode
-from finteam_experts.data import corpus_file, read_corpus, read_task, task_file
+from finteam_experts.chats import ChatFormat
+from finteam_experts.data import check_passages, corpus_file, read_corpus, read_task, task_file, tasks_of
 from finteam_experts.errors import InputError, run
 from finteam_experts.gates import GATES, write_gates
-from finteam_experts.models import load_model, load_tokenizer, stored_tensors, weight_files
+from finteam_experts.models import (
+    PARTS,
+    as_chats,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    stored_tensors,
+    weight_files,
+)
 from finteam_experts.router import Sequences, fit
-from finteam_experts.tasks import TASKS, chat, conversation
+from finteam_experts.tasks import TASKS, prompting, render
 
-FEWEST_PASSAGES = 32
 PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
 CHAT_TOKENS = 192
 HELD_BACK = 6  # passages a role that choose the scale and show the progress; the regression never sees them
@@ -38,35 +47,32 @@ CHAT_SHARE = 0.25  # of a role's tokens, unless --chat_share says otherwise
 
 
 def role_text(
-    data: Path, role: str, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int, chat_share: float = CHAT_SHARE
+    data: Path, role: str, form: ChatFormat, tokens: int, seed: int, chat_share: float = CHAT_SHARE
 ) -> tuple[Sequences, Sequences]:
-    """`tokens` tokens of the role for the regression, and its held-back passages.
+    """`tokens` tokens of the role for the regression, or all of fewer, and its held-back passages.
 
     `chat_share` of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
     questions of the role's tasks with their answers or, for a role without a task, passages as messages.
     """
     passages = read_corpus(data, role)
-    if len(passages) < FEWEST_PASSAGES:
-        raise InputError(
-            f"{corpus_file(data, role)} has {len(passages)} passages. The router needs {FEWEST_PASSAGES} or more of each "
-            "role: add some."
-        )
+    check_passages(data, role, passages)
     rng = random.Random(f"{seed} {role}")
     rng.shuffle(passages)
     held_back, passages = passages[:HELD_BACK], passages[HELD_BACK:]
     chats = []
-    for task in (task for task in TASKS.values() if task.role == role):
+    for task in (TASKS[name] for name in tasks_of(data) if TASKS[name].role == role):
         rows = read_task(data, task.name, "train")
-        for row in rng.sample(rows, min(len(rows), tokens // 16)):
-            asked_and_answered = conversation(task, row, tokenizer)
-            chats.append(asked_and_answered["prompt"] + asked_and_answered["completion"])
+        rows = rng.sample(rows, min(len(rows), tokens // 16))
+        asked = zip(render(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
+        chats += [exchange.ids for exchange in form.exchanges(list(asked))]
     rng.shuffle(chats)
-    chats = chats or [chat(text) for text in passages[: tokens // 16]]
-    asked = tokenizer.apply_chat_template(chats, truncation=True, max_length=CHAT_TOKENS)["input_ids"]
-    asked = _first_tokens(asked, round(chat_share * tokens))
+    chats = chats or form.prompts(passages[: tokens // 16])
+    chats = _first_tokens([ids[:CHAT_TOKENS] for ids in chats], round(chat_share * tokens))
     rng.shuffle(passages)
-    plain = encode(tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
-    return asked + _first_tokens(plain, tokens - sum(map(len, asked))), encode(tokenizer, held_back, HELD_BACK_TOKENS)
+    plain = encode(form.tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
+    return chats + _first_tokens(plain, tokens - sum(map(len, chats))), encode(
+        form.tokenizer, held_back, HELD_BACK_TOKENS
+    )
 
 
 def _first_tokens(sequences: Sequences, tokens: int) -> Sequences:
@@ -87,7 +93,9 @@ def check_experts(moe: Path, names: list[str], experts: Path) -> None:
             f"{moe} has {len(own)} experts, but its {runs.RECORD} names {len(names)}: {', '.join(names)}."
         )
     sources = {name: experts / name for name in names if (experts / name).is_dir()}
-    sources = {name: _tensor(folder, "model.layers.0.mlp.down_proj.weight") for name, folder in sources.items()}
+    sources = {
+        name: _tensor(folder, "model.layers.0.mlp.down_proj.weight").to(own.dtype) for name, folder in sources.items()
+    }
     for name, weights in zip(names, own, strict=True):
         if name in sources and not torch.equal(weights, sources[name]):
             found = [other for other, source in sources.items() if torch.equal(weights, source)]
@@ -129,23 +137,30 @@ def main() -> None:
     if args.scale is not None and args.scale <= 0:
         raise InputError(f"--scale {args.scale:g}: at 0 all experts count alike, below it the wrong ones count most.")
 
+    use_available_cores()
     moe, data = args.run_dir / args.model, args.data_dir or args.run_dir / "data"
     merged = args.model == "moe"
-    record = runs.require(moe, f"python scripts/{'merge_moe' if merged else 'join_experts'}.py")
+    made_by = "python scripts/merge_moe.py" if merged else "recipes/instruct_tune.py or scripts/join_experts.py"
+    record = runs.require(moe, made_by, unfinished=True)
     names = [member["name"] for member in record["team"]]
     if merged:
         check_experts(moe, names, args.run_dir / "experts")
     tokenizer = load_tokenizer(moe)
-    text = [role_text(data, name, tokenizer, args.tokens_per_role, args.seed, args.chat_share) for name in names]
-    own_tasks = [task for task in TASKS.values() if task.role in names]
+    form = as_chats(tokenizer, moe)
+    text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
+    own_tasks = [TASKS[name] for name in tasks_of(data) if TASKS[name].role in names]
+    # its own gates apart, the model is what the merge's or the tuning's record says
     inputs = {
+        "model": fingerprint(moe, PARTS[1:]),
         "corpora": {name: runs.file_hash(corpus_file(data, name)) for name in names},
         "tasks": {task.name: runs.file_hash(task_file(data, task.name, "train")) for task in own_tasks},
+        "asked": prompting(),
         "settings": {"tokens_per_role": args.tokens_per_role, "ridge": args.ridge, "seed": args.seed}
         | ({} if args.scale is None else {"scale": args.scale})
         | ({} if args.chat_share == CHAT_SHARE else {"chat_share": args.chat_share}),
     }
-    if record.get("router", {}).get("kind") == "fitted" and not args.overwrite:
+    fitted = record.get("router", {}).get("kind") == "fitted" and not runs.is_unfinished(record)
+    if fitted and not args.overwrite:
         runs.check_same_inputs(
             f"{moe}'s router", record["router"]["inputs"], inputs, "pass --overwrite to fit it anew"
         )
@@ -156,16 +171,22 @@ def main() -> None:
     gates, results = fit(model, tokenizer, [own for own, _ in text], [own for _, own in text], args.ridge, args.scale)
     del model  # room for the files below
     runs.check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
-    with runs.changed_in_place(moe) as work:
-        write_gates(work, gates)
-        if merged:  # beside those it was merged with
-            save_file({"gates": gates}, work / GATES / "fitted.safetensors")
-        runs.write_json(
-            work / runs.RECORD, record | {"router": {"kind": "fitted", "inputs": inputs, "results": results}}
-        )
-    print(
-        f"{moe}: router fitted on {args.tokens_per_role} tokens of each of {len(names)} roles, scale {results['scale']:g}"
+    record["router"] = {"kind": "fitted", "inputs": inputs, "results": results}
+    advice = (
+        f"its router was being replaced when that was cut off. Run again: scripts/fit_router.py --model {args.model}"
     )
+    with runs.changed_in_place(moe, record, advice):
+        write_gates(moe, gates)
+        if merged:  # beside those it was merged with
+            save_file({"gates": gates}, moe / GATES / "fitted.safetensors")
+    read = {name: sum(map(len, own)) for name, (own, _) in zip(names, text, strict=True)}
+    print(
+        f"{moe}: router fitted on {', '.join(f'{n} tokens of {name}' for name, n in read.items())}; scale {results['scale']:g}"
+    )
+    if few := [name for name, n in read.items() if n < args.tokens_per_role]:
+        print(
+            f"The data hold no more than that of {', '.join(few)}: --tokens_per_role asked for {args.tokens_per_role}"
+        )
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from finteam_experts import runs
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, NotFiniteError, run
 from finteam_experts.gates import read_gates
-from finteam_experts.models import fingerprint
+from finteam_experts.models import fingerprint, is_model, stored_dtype
 from finteam_experts.release import finish_release, released_tensors
 from finteam_experts.shards import ShardWriter, StoredTensors, weight_files
 
@@ -67,7 +67,7 @@ def main() -> None:
     folders = [args.run_dir / "experts-instruct" / name for name in names]
     for name, folder in zip(names, folders, strict=True):
         tuned = runs.require(folder, f"recipes/instruct_tune.py --start_from expert --role {name}")
-        if tuned["inputs"]["model"] != fingerprint(args.run_dir / "experts" / name):
+        if not is_model(args.run_dir / "experts" / name, tuned["inputs"]["model"]):
             raise InputError(
                 f"{folder} was tuned from another expert than {args.run_dir}/experts/{name}. Delete it and tune it again."
             )
@@ -91,7 +91,7 @@ def main() -> None:
     )
     with contextlib.ExitStack() as stack:
         experts = [stack.enter_context(StoredTensors(weight_files(folder))) for folder in folders]
-        dtype = AutoConfig.from_pretrained(folders[0]).dtype
+        dtype = stored_dtype(folders[0])
         shapes = [{name: expert.meta(name, dtype) for name in expert} for expert in experts]
         layout = {
             name: tensor.to("meta")
@@ -101,6 +101,10 @@ def main() -> None:
         writer = ShardWriter(work, layout)
         for part in tqdm(joined(experts, gates), desc="joining", leave=False):
             for name, tensor in released_tensors(part).items():
+                if not tensor.isfinite().all():
+                    raise NotFiniteError(
+                        f"{name} of the joined model is not finite: look at the experts' training logs."
+                    )
                 if writer.missing(name):
                     writer.write(name, tensor)
         writer.finish()

@@ -8,8 +8,6 @@ hidden states of the prompts in moe_merge.yaml; scripts/fit_router.py fits it ne
 """
 
 import argparse
-import contextlib
-import json
 import logging
 from pathlib import Path
 
@@ -18,62 +16,67 @@ from mergekit.merge import MergeOptions
 from mergekit.moe.config import MoEMergeConfig
 from mergekit.moe.mixtral import MixtralMoE
 from mergekit.moe.router import get_gate_params, get_hidden_states, tokenize_prompts
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finteam_experts import runs
 from finteam_experts.adapter_merge import merge_adapter
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, NotFiniteError, read_json, run
 from finteam_experts.gates import GATES, read_gates
 from finteam_experts.merge_config import MERGE_FILE, in_run, read_merge_config, roles, trained_roles
 from finteam_experts.models import (
+    ADAPTER_FILE,
     MLP_MODULES,
     check_base,
     fingerprint,
-    load_tokenizer,
     local_folder,
+    read_config,
+    stored_dtype,
     stored_tensors,
 )
 from finteam_experts.release import copy_companions
 from finteam_experts.roles import team_card
-from finteam_experts.shards import SHARD_BYTES, weight_files
-from finteam_experts.tasks import SYSTEM_PROMPT, task_cards
+from finteam_experts.shards import SHARD_BYTES, StoredTensors, weight_files
+from finteam_experts.tasks import SYSTEM_PROMPT, prompting, task_cards
 
 
-def check_adapter(folder: Path, role: str, base_fingerprint: str) -> None:
+def check_adapter(folder: Path, role: str, base_fingerprint: dict[str, str]) -> None:
     """Raise `InputError` unless the adapter belongs to this base and changes nothing but the MLP."""
     record = runs.require(folder, f"accelerate launch recipes/train_expert.py --config YAML --role {role}")
     trained_on = record["inputs"].get("base")
-    if trained_on != base_fingerprint:
+    if not isinstance(trained_on, dict) or any(base_fingerprint.get(part) != trained_on[part] for part in trained_on):
         raise InputError(
             f"{folder} was trained on another base (fingerprint {trained_on}; this base has {base_fingerprint}). "
             "Train the role again on this base, or name its base with --base."
         )
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = read_json(folder / "adapter_config.json")
     if settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
         raise InputError(
             f"{folder}/adapter_config.json: trains biases or whole modules, which a merge can't take over."
         )
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+    with StoredTensors([folder / ADAPTER_FILE]) as tensors:
+        for name in tensors:
+            if not tensors[name].isfinite().all():
+                raise NotFiniteError(
+                    f"{folder}/{ADAPTER_FILE}: {name} is not finite: its training diverged. Train it again."
+                )
             if not any(f".mlp.{module}." in name for module in MLP_MODULES):
                 raise InputError(
-                    f"{folder}/adapter_model.safetensors changes {name}. The merge takes everything but the MLP from "
+                    f"{folder}/{ADAPTER_FILE} changes {name}. The merge takes everything but the MLP from "
                     f"the base, so that change would be lost: train {', '.join(MLP_MODULES)} only."
                 )
 
 
 def merge_experts(
-    base: Path, base_fingerprint: str, run_dir: Path, names: list[str], overwrite: bool
+    base: Path, base_fingerprint: dict[str, str], run_dir: Path, names: list[str], overwrite: bool
 ) -> dict[str, str]:
     """Write RUN_DIR/experts/ROLE for every role; return the hash of each adapter."""
     hashes = {}
     for role in names:
         adapter, target = run_dir / "adapters" / role, run_dir / "experts" / role
-        hashes[role] = runs.file_hash(adapter / "adapter_model.safetensors")
+        hashes[role] = runs.file_hash(adapter / ADAPTER_FILE)
         inputs = {"base": base_fingerprint, "adapter": hashes[role]}
         work = runs.begin(target, "merge_expert", inputs, overwrite=overwrite)
         if work:
@@ -121,36 +124,44 @@ def prompt_gates(base: Path, config: MoEMergeConfig) -> torch.Tensor:
     return torch.stack(gates, dim=1)
 
 
-def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
+def check_moe(moe: Path, base: Path, config: MoEMergeConfig, dtype: torch.dtype) -> None:
     """Raise unless every tensor of the MoE is its source's: the experts', the base's, or finite gates. Nothing is loaded."""
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(moe)]
-        merged = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with StoredTensors(weight_files(moe)) as merged:
         expected = set()
 
-        def compare(name: str, source: torch.Tensor, part: tuple = ()) -> None:
+        def compare(name: str, source: torch.Tensor, origin: Path, part: tuple = ()) -> None:
             expected.add(name)
-            if name not in merged or not torch.equal(merged[name].get_slice(name)[(*part, ...)], source):
-                raise InputError(f"{moe}: {name} is not what it was merged from. Delete the folder and merge again.")
+            if not source.isfinite().all():
+                raise NotFiniteError(
+                    f"{origin} has weights in {name} that are not finite. Choose another, or train it again."
+                )
+            if name not in merged or not torch.equal(merged.slice(name)[(*part, ...)], source.to(dtype)):
+                raise InputError(f"{moe}: {name} is not what it was merged from. Please report this as a bug.")
 
         for name, tensor in stored_tensors(base):
             if ".mlp." not in name:
-                compare(name, tensor)
+                compare(name, tensor, base)
         for position, expert in enumerate(config.experts):
-            for name, tensor in stored_tensors(Path(expert.source_model.model.path)):
+            folder = Path(expert.source_model.model.path)
+            for name, tensor in stored_tensors(folder):
                 if ".mlp." not in name:
                     continue
                 experts = name.rpartition(".mlp.")[0] + ".mlp.experts."
                 if "down_proj" in name:
-                    compare(experts + "down_proj", tensor, (position,))
+                    compare(experts + "down_proj", tensor, folder, (position,))
                 else:  # fused: the rows of gate_proj above those of up_proj
                     rows = slice(0, len(tensor)) if "gate_proj" in name else slice(len(tensor), 2 * len(tensor))
-                    compare(experts + "gate_up_proj", tensor, (position, rows))
+                    compare(experts + "gate_up_proj", tensor, folder, (position, rows))
         gates = {name for name in merged if name.endswith(".mlp.gate.weight")}
-        if gates | expected != merged.keys() or not all(
-            merged[name].get_tensor(name).isfinite().all() for name in gates
-        ):
+        if gates | expected != set(merged) or not all(merged[name].isfinite().all() for name in gates):
             raise InputError(f"{moe}: it has other tensors than its sources, or gates that are not finite.")
+
+
+def keep_attention_window(moe: Path, base: PretrainedConfig) -> None:
+    """Write the base's sliding attention window into the MoE's config, which mergekit leaves out."""
+    config = read_config(moe)
+    config.sliding_window = getattr(base, "sliding_window", None)
+    config.save_pretrained(moe)
 
 
 def main() -> None:
@@ -171,9 +182,7 @@ def main() -> None:
             raise InputError(f"--experts_per_token {args.experts_per_token}: it must be 1 to {len(names)}.")
         config = config.model_copy(update={"experts_per_token": args.experts_per_token})
     base = local_folder(args.base or str(args.run_dir / "base"))
-    vocabulary = check_base(base).vocab_size
-    if len(load_tokenizer(base)) > vocabulary:
-        raise InputError(f"{base}: the tokenizer has more tokens than the model's vocabulary of {vocabulary}.")
+    base_config, dtype = check_base(base), stored_dtype(base)
     base_fingerprint = fingerprint(base)
     trained = trained_roles(config)
     for role in trained:
@@ -185,28 +194,28 @@ def main() -> None:
     adapters = merge_experts(base, base_fingerprint, args.run_dir, trained, args.overwrite)
 
     target = args.run_dir / "moe"
-    prompts = {name: expert.positive_prompts for name, expert in zip(names, config.experts, strict=True)}
     inputs = {
         "base": base_fingerprint,
         "team": names,
         "adapters": adapters,
-        "gate_mode": config.gate_mode,
-        "experts_per_token": config.experts_per_token,
-        "prompts": prompts,
+        "merge": config.model_dump(mode="json", exclude_none=True, exclude={"base_model"}),
+        "tasks": prompting(),
     }
     work = runs.begin(target, "merge_moe", inputs, overwrite=args.overwrite)
     if work is None:
         return
     runs.remove_all_but(work, (runs.RECORD,))
-    config = in_run(config, base, args.run_dir)
+    dtype = dtype if config.dtype is None else getattr(torch, config.dtype)
+    config = in_run(config, base, args.run_dir).model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     # mergekit holds a whole shard in memory
     options = MergeOptions(copy_tokenizer=False, out_shard_size=min(SHARD_BYTES, max(2**28, base_bytes // 5)))
     gates = prompt_gates(base, config)
     logging.disable(logging.WARNING)  # any number of experts runs in llama.cpp by now
     MixtralMoE().write_model(str(work), config, options, router_weights=list(gates))
     logging.disable(logging.NOTSET)
+    keep_attention_window(work, base_config)
     copy_companions(base, work)
-    check_moe(work, base, config)
+    check_moe(work, base, config, dtype)
     (work / GATES).mkdir()
     save_file({"gates": read_gates(work)}, work / GATES / f"{config.gate_mode}.safetensors")
     about = {"team": team_card(names), "system_prompt": SYSTEM_PROMPT, "tasks": task_cards()}

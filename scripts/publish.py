@@ -20,10 +20,18 @@ from rich.table import Table
 
 from finteam_experts.cards import render
 from finteam_experts.errors import InputError, nearest, run
-from finteam_experts.publishing import SPACE_FILES, Release, Repo, check_licence, check_texts, data_licences
+from finteam_experts.publishing import (
+    REPOSITORY,
+    SPACE_FILES,
+    Release,
+    Repo,
+    check_licence,
+    check_texts,
+    data_licences,
+)
 
 PARTS = ("dense", "adapters", "moe", "moe-instruct", "space")
-SPACE = Path("space")
+SPACE = REPOSITORY / "space"
 ADVICE = {
     401: "Log in with 'hf auth login', or set HF_TOKEN to a token that is valid.",
     402: "A Gradio Space needs a paid plan. Publish the models alone: leave space out of --parts.",

@@ -9,10 +9,11 @@ experts, and the MoE with each router. Writes RUN_DIR/reports/routing.json and r
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
+
+from finteam_experts.threads import use_available_cores  # before torch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,13 +26,19 @@ from transformers import PreTrainedTokenizerBase
 from finteam_experts import runs
 from finteam_experts.batches import encode
 from finteam_experts.data import corpus_file, evenly_spread, read_corpus
-from finteam_experts.errors import InputError, run
-from finteam_experts.gates import get_gates, load_gates, random_gates, set_gates
+from finteam_experts.errors import InputError, read_json, run
+from finteam_experts.gates import GATES, get_gates, load_gates, random_gates, set_gates
 from finteam_experts.models import fingerprint, load_model, load_tokenizer, local_folder, weight_average
 from finteam_experts.perplexity import heldout_loss
 from finteam_experts.routing import Routing, measure_routing
 
 AVERAGE, ORACLE = "weight average", "oracle: own expert"
+
+
+def expert_folders(run_dir: Path, base: Path, names: list[str]) -> dict[str, Path]:
+    """The dense expert of each role; a generalist's is the base."""
+    folders = {name: run_dir / "experts" / name for name in names}
+    return {name: folder if folder.is_dir() else base for name, folder in folders.items()}
 
 
 def dense_ladder(
@@ -44,8 +51,7 @@ def dense_ladder(
         print(f"Held-out loss: {title}")
         return {role: heldout_loss(model, tokenizer, own, max_tokens=max_tokens) for role, own in passages.items()}
 
-    folders = {name: run_dir / "experts" / name for name in names}
-    folders = {name: folder if folder.is_dir() else base for name, folder in folders.items()}  # the generalist
+    folders = expert_folders(run_dir, base, names)
     ladder = {"base": losses("base", load_model(base).to(device))}
     for name, folder in folders.items():
         if folder != base:
@@ -125,6 +131,7 @@ def main() -> None:
     if args.passages < 2 or args.max_tokens < 2:
         raise InputError("--passages and --max_tokens must be 2 or more.")
 
+    use_available_cores()
     moe, data = args.run_dir / "moe", args.data_dir or args.run_dir / "data"
     record = runs.require(moe, "python scripts/merge_moe.py")
     base = local_folder(args.base or str(args.run_dir / "base"))
@@ -137,6 +144,11 @@ def main() -> None:
     target = args.run_dir / "reports" / f"{args.name}.json"
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
+        "dense": {
+            name: fingerprint(folder)
+            for name, folder in {"base": base, **expert_folders(args.run_dir, base, names)}.items()
+        },
+        "gates": {file.stem: runs.file_hash(file) for file in sorted((moe / GATES).glob("*.safetensors"))},
         "corpora": {name: runs.file_hash(corpus_file(data, name, heldout=True)) for name in names},
         "settings": {"passages": args.passages, "max_tokens": args.max_tokens},
     }
@@ -145,17 +157,23 @@ def main() -> None:
         return
     tokenizer = load_tokenizer(moe)
     sequences = [encode(tokenizer, passages[name], args.max_tokens) for name in names]
+    for name, own in zip(names, sequences, strict=True):
+        if not own:
+            raise InputError(
+                f"{corpus_file(data, name, heldout=True)}: its passages are of one token or none, of which there is no loss. Add "
+                "longer ones."
+            )
     part = work / "dense.json"
     if not part.exists():
         runs.write_json(part, dense_ladder(args.run_dir, base, names, tokenizer, passages, args.max_tokens))
-    ladder = json.loads(part.read_text())
+    ladder = read_json(part)
 
     gates: dict[str, Routing] = {}
     for folder_name, folder in folders.items():
         model = load_model(folder).to(PartialState().device)
         own = get_gates(model)
         if folder_name == "moe":
-            merged = record["inputs"]["gate_mode"]
+            merged = record["inputs"]["merge"]["gate_mode"]
             routers = {merged: load_gates(moe, merged), "random": random_gates(own.shape, seed=0)}
             if record["router"]["kind"] == "fitted":
                 routers["fitted"] = own

@@ -9,7 +9,9 @@ MODEL_ID is a folder or a Hub id of a model made by FinTeamExperts; roles, colou
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TypedDict
 
 import gradio as gr
@@ -17,7 +19,7 @@ import gradio as gr
 from examples import PASSAGES, QUESTIONS
 from gpu import on_gpu  # before what imports torch
 from panels import CSS, answer_html, layers_html, probabilities_html, shares_html
-from team import MAX_NEW_TOKENS, Answer, Team
+from team import MAX_NEW_TOKENS, Answer, ModelError, Team
 
 MODEL_ID = os.environ.get("MODEL_ID", "outputs/quickstart/moe-instruct")
 MAX_CHARACTERS = 4000
@@ -32,7 +34,10 @@ PERCENTAGES = (
     "not a chance of being right."
 )
 
-team = Team(MODEL_ID)
+try:
+    team = Team(MODEL_ID)
+except ModelError as error:
+    sys.exit(f"error: {error}")
 names = [member["title"] for member in team.members]
 
 
@@ -99,8 +104,9 @@ def ask(question: str, analyst: str) -> Iterator[tuple[str, object, object, obje
     """Stream the answer as HTML; the last item also fills the panels and the record."""
     question, place = checked(question, "a question"), place_of(analyst)
     answer = Answer("")
-    for answer in team.stream(question, place):
-        yield answer_html(answer, team.members), gr.skip(), gr.skip(), gr.skip()
+    with closing(team.stream(question, place)) as answers:  # when the visitor leaves, the model stops
+        for answer in answers:
+            yield answer_html(answer, team.members), gr.skip(), gr.skip(), gr.skip()
     record = {
         key: value for key, value in as_data(question, analyst, answer).items() if key not in ("tokens", "layers")
     }
@@ -185,11 +191,12 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
 
     # the team's answer and one analyst's alone stand side by side: each asking fills its own box
     def ask_on_page(question: str, analyst: str) -> Iterator[tuple]:
-        for html, shares, layers, record in ask(question, analyst):
-            if analyst == ALL:
-                yield html, gr.skip(), shares, layers, record
-            else:
-                yield gr.skip(), html, gr.skip(), gr.skip(), record
+        with closing(ask(question, analyst)) as answers:
+            for html, shares, layers, record in answers:
+                if analyst == ALL:
+                    yield html, gr.skip(), shares, layers, record
+                else:
+                    yield gr.skip(), html, gr.skip(), gr.skip(), record
 
     for trigger in (ask_button.click, question_box.submit):
         trigger(

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On ZeroGPU a GPU is lent for the length of a decorated call; `spaces` has to be imported before torch is."""
+"""What has to be settled before torch is imported: how its threads wait, and on ZeroGPU the package `spaces`.
+
+On ZeroGPU a GPU is lent for the length of a decorated call.
+"""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread then sleeps: a core that is busy elsewhere costs little
 
 try:
     from spaces import GPU as on_gpu

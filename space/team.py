@@ -7,14 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
-from prices import compact_prices
+from chats import ChatFormat, chat_format
+from prompts import task_prompt
 
 MAX_NEW_TOKENS = 160
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -35,34 +43,70 @@ class Answer:
         return torch.tensor(self.layers).mean(0).tolist() if self.layers else []
 
 
+class ModelError(ValueError):
+    """The model can't be shown. The message says why, and what to do."""
+
+
+class _StopOnce(StoppingCriteria):
+    """Stops a generation at its next token once the event is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def _card_file(model_id: str) -> Path:
+    """The model's finteam.json, fetched from the Hub unless `model_id` is a folder."""
+    if Path(model_id).is_dir():
+        path = Path(model_id) / "finteam.json"
+        if not path.is_file():
+            raise ModelError(
+                f"MODEL_ID {model_id}: that folder has no finteam.json, so it is no model of FinTeamExperts."
+            )
+        return path
+    try:
+        return Path(hf_hub_download(model_id, "finteam.json"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"MODEL_ID {model_id}: there is no such folder here, and finteam.json can't be fetched from the Hub: {error}"
+        ) from None
+
+
 class Team:
     """A model made by FinTeamExperts, from a folder or a Hub id."""
 
     def __init__(self, model_id: str) -> None:
-        local = Path(model_id) / "finteam.json"
-        card_file = local if local.is_file() else Path(hf_hub_download(model_id, "finteam.json"))
-        card = json.loads(card_file.read_text())
+        card_file = _card_file(model_id)
+        card = json.loads(card_file.read_text(encoding="utf-8"))
+        missing = [key for key in ("team", "tasks", "system_prompt") if key not in card]
+        if missing:
+            raise ModelError(
+                f"MODEL_ID {model_id}: its finteam.json has no {' and no '.join(missing)}, so it is no team. Name a folder or Hub id "
+                "of one, such as RUN_DIR/moe-instruct."
+            )
         self.members: list[dict[str, str]] = card["team"]  # in the order of the model's experts
         self.tasks: dict[str, dict[str, Any]] = {task["name"]: task for task in card["tasks"]}
         self.system_prompt: str = card["system_prompt"]
         # the cache names a snapshot's folder after its commit
-        self.revision = "local folder" if local.is_file() else card_file.parent.name
-        self.tokenizer = AutoTokenizer.from_pretrained(model_id)
+        self.revision = "local folder" if Path(model_id).is_dir() else card_file.parent.name
+        self.form: ChatFormat = chat_format(AutoTokenizer.from_pretrained(model_id), self.system_prompt)
+        self.tokenizer = self.form.tokenizer
         self.model = AutoModelForCausalLM.from_pretrained(model_id).eval()
+        self._one_at_a_time = Lock()  # a forced analyst holds all gates of the model
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def encode(self, question: str) -> torch.Tensor:
-        """The token ids [1, tokens] of a chat that asks `question`."""
-        chat = [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"].to(self.model.device)
 
     def stream(self, question: str, analyst: int | None = None) -> Iterator[Answer]:
         """The growing answer of the team, or of one analyst alone; the last one also says who carried what."""
-        prompt = self.encode(question)
+        with self._one_at_a_time:
+            yield from self._stream(question, analyst)
+
+    def _stream(self, question: str, analyst: int | None) -> Iterator[Answer]:
+        prompt = torch.tensor(self.form.prompts([question]), device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         made: list[torch.Tensor] = []
+        gone = Event()
 
         def generate() -> None:
             try:
@@ -70,7 +114,7 @@ class Team:
                     made.append(
                         self.model.generate(
                             prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, do_sample=False,
-                            max_new_tokens=MAX_NEW_TOKENS,
+                            max_new_tokens=MAX_NEW_TOKENS, stopping_criteria=StoppingCriteriaList([_StopOnce(gone)]),
                         )
                     )  # fmt: skip
             finally:
@@ -79,10 +123,14 @@ class Team:
         worker = Thread(target=generate)
         worker.start()
         text = ""
-        for piece in streamer:
-            text += piece
-            yield Answer(text)
-        worker.join()
+        try:
+            for piece in streamer:
+                text += piece
+                yield Answer(text)
+        finally:
+            # Also where the visitor leaves, which closes this generator: whoever is next must not find the gates forced
+            gone.set()
+            worker.join()
         if not made:
             raise RuntimeError("the model stopped without an answer")
         given = set(NUMBER.findall(question))
@@ -130,16 +178,16 @@ class Team:
     def classify(self, task: str, text: str) -> dict[str, float]:
         """The probability of each label of a task, among its labels, in the words that the model was tuned on."""
         about = self.tasks[task]
-        labels = " or ".join([", ".join(about["labels"][:-1]), about["labels"][-1]])
-        prompt = self.encode(f"{compact_prices(text)}\n\n{about['question']} Answer {labels}.")[0]
-        ends = [
-            self.tokenizer(label, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-            for label in about["labels"]
-        ]
-        rows = [torch.cat([prompt, end.to(prompt.device)]) for end in ends]
+        prompt, _ = task_prompt(text, about["question"], about["labels"], about["max_text_tokens"], self.tokenizer)
+        exchanges = self.form.exchanges([(prompt, label) for label in about["labels"]])
+        start = len(exchanges[0].prompt)
+        ends = [torch.tensor(exchange.answer) for exchange in exchanges]
+        rows = [torch.tensor(exchange.prompt + exchange.answer, device=self.model.device) for exchange in exchanges]
         batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right padding: no earlier position sees it
-        kept = batch.shape[1] - len(prompt) + 1
-        log_probs = self.model(batch, logits_to_keep=kept).logits.float().log_softmax(-1)
+        kept = batch.shape[1] - start + 1
+        with self._one_at_a_time:
+            logits = self.model(batch, logits_to_keep=kept).logits
+        log_probs = logits.float().log_softmax(-1)
         scores = [
             row[: len(end)].gather(1, end[:, None].to(row.device)).sum()
             for row, end in zip(log_probs, ends, strict=True)

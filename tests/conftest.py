@@ -18,11 +18,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from finteam_experts.chats import ChatFormat
 from finteam_experts.data import corpus_file, task_file, write_rows
+from finteam_experts.models import as_chats, load_tokenizer
 from finteam_experts.sample_data import corpora
 from finteam_experts.sample_data.corpora import corpus
 from finteam_experts.sample_data.task_rows import task_rows
-from finteam_experts.tasks import TASKS
+from finteam_experts.tasks import SYSTEM_PROMPT, TASKS
 
 REPOSITORY = Path(__file__).parents[1]
 ROLES = ("macro", "micro", "quant")
@@ -32,6 +34,16 @@ CHAT_TEMPLATE = (
 )
 # Overrides that turn a sample recipe into seconds on the toy base.
 SHORT = ("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lora_r", "4")
+
+
+def chat(question: str) -> list[dict[str, str]]:
+    """The conversation that asks a question, as the toy's template takes it."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+
+
+def form_of(folder: Path) -> ChatFormat:
+    """How the model in `folder` writes conversations."""
+    return as_chats(load_tokenizer(folder), folder)
 
 
 def load_script(path: str) -> ModuleType:

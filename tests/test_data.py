@@ -8,8 +8,9 @@ import pytest
 
 from finteam_experts.data import corpus_file, evenly_spread, read_corpus, read_task, task_file, tuning_rows
 from finteam_experts.errors import InputError
+from finteam_experts.leaks import check_tasks
+from finteam_experts.prompts import HEADER, compact_prices
 from finteam_experts.tasks import TASKS, render
-from finteam_experts.tasks.prices import HEADER, compact_prices
 
 
 @pytest.fixture
@@ -64,20 +65,20 @@ def test_test_row_in_train(data):
     row = json.loads(task_file(data, "fpb", "train").read_text().splitlines()[4])
     rewrite(task_file(data, "fpb", "test"), 2, row | {"text": row["text"].upper() + " !"})
     with pytest.raises(InputError, match=r"fpb_test\.jsonl, line 2: the same text is in .*fpb_train\.jsonl, line 5"):
-        read_task(data, "fpb", "test")
+        check_tasks(data, ["fpb"])
 
 
 def test_prompt_keeps_the_question_when_the_text_is_long(toy_base):
     from finteam_experts.models import load_tokenizer
 
     tokenizer, task = load_tokenizer(toy_base), TASKS["headlines"]
-    prompt = render(task, {"text": "crude oil " * 400, "question": "Up or down?"}, tokenizer)
+    [prompt] = render(task, [{"text": "crude oil " * 400, "question": "Up or down?"}], tokenizer)
     text = prompt.partition("\n\n")[0]
     assert prompt.endswith("Up or down? Answer No or Yes.")
     assert len(tokenizer(text)["input_ids"]) <= task.max_text_tokens < len(tokenizer("crude oil " * 400)["input_ids"])
-    assert render(TASKS["fpb"], {"text": "Short."}, tokenizer) == (
+    assert render(TASKS["fpb"], [{"text": "Short."}], tokenizer) == [
         f"Short.\n\n{TASKS['fpb'].question} Answer negative, neutral or positive."
-    )
+    ]
 
 
 def test_validation_rows_are_a_tenth_of_train_or_a_file_of_their_own(data):

@@ -11,14 +11,14 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from conftest import call
+from conftest import call, chat, form_of
 from finteam_experts.data import rows_to_score
 from finteam_experts.errors import InputError
 from finteam_experts.metrics import confusion, scores, scores_with_errors
 from finteam_experts.models import load_model, load_tokenizer
 from finteam_experts.routing import expert_shares
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
-from finteam_experts.tasks import TASKS, chat, render
+from finteam_experts.tasks import TASKS, render
 
 
 def evaluate(run_dir, *arguments):
@@ -58,24 +58,11 @@ def test_label_scores_equal_those_of_lm_eval(done_run, model, batch_tokens):
     requests = [((c, x), tokenizer(c)["input_ids"], tokenizer(x)["input_ids"]) for c, x in pairs]
     options = {"pretrained": loaded, "tokenizer": tokenizer, "batch_size": 1}
     expected = HFLM(**options)._loglikelihood_tokens(requests, disable_tqdm=True)
-    found = LabelScoringLM(**options, batch_tokens=batch_tokens)._loglikelihood_tokens(requests, disable_tqdm=True)
+    ours = LabelScoringLM(pretrained=loaded, form=form_of(done_run / model), batch_tokens=batch_tokens)
+    found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
     for (score, greedy), (expected_score, expected_greedy) in zip(found, expected, strict=True):
         assert score == pytest.approx(expected_score, abs=1e-4)
         assert greedy == expected_greedy
-
-
-def test_a_label_is_greedy_if_the_model_writes_it_after_the_white_space(done_run):
-    loaded, tokenizer = load_model(done_run / "dense-instruct"), load_tokenizer(done_run / "dense-instruct")
-    context, space = tokenizer("Answer p, n or r.")["input_ids"], tokenizer("\n")["input_ids"]
-    with torch.no_grad():
-        likeliest = loaded(torch.tensor([context + space])).logits[0, -1].argmax().item()
-    options = {"pretrained": loaded, "tokenizer": tokenizer, "batch_size": 1}
-    for token in (likeliest, likeliest - 1):
-        request = (("", ""), context, [*space, token])
-        [(score, greedy)] = LabelScoringLM(**options)._loglikelihood_tokens([request], disable_tqdm=True)
-        [(expected, _)] = HFLM(**options)._loglikelihood_tokens([request], disable_tqdm=True)
-        assert greedy == (token == likeliest)
-        assert score == pytest.approx(expected, abs=1e-4)
 
 
 def test_bfloat16_scores_are_close_and_ties_are_not_made(done_run):
@@ -86,7 +73,7 @@ def test_bfloat16_scores_are_close_and_ties_are_not_made(done_run):
         for context in ("Rates rose.", "Sales fell by a third in March.")
         for label in ("p", "n", "r", "f")
     ]
-    options = {"pretrained": loaded, "tokenizer": tokenizer}
+    options = {"pretrained": loaded, "form": form_of(done_run / "moe")}
     exact, rounded = (
         [score for score, _ in LabelScoringLM(**options, bf16=bf16)._loglikelihood_tokens(requests, disable_tqdm=True)]
         for bf16 in (False, True)
@@ -115,18 +102,19 @@ def test_generated_answers_are_those_of_plain_generation(done_run):
         )
         output = loaded.generate(**encoded, max_new_tokens=8, do_sample=False)
         expected.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
-    assert greedy_answers(loaded, tokenizer, prompts) == expected
-    assert greedy_answers(loaded, tokenizer, []) == []
+    form = form_of(done_run / "moe-instruct")
+    assert greedy_answers(loaded, form, prompts) == expected
+    assert greedy_answers(loaded, form, []) == []
 
 
 def test_generated_score_counts_the_first_label(done_run):
     """Recomputed from plain generation, for a tuned model and for one that writes no label."""
     report = json.loads((done_run / "reports/evaluation.json").read_text())
     for name in ("moe", "moe-instruct"):
-        model, tokenizer = load_model(done_run / name), load_tokenizer(done_run / name)
+        model, form = load_model(done_run / name), form_of(done_run / name)
         rows = rows_to_score(done_run / "data", "fpb", "test", None)
-        prompts = [render(TASKS["fpb"], row, tokenizer) for row in rows]
-        found = [first_label(answer, TASKS["fpb"].labels) for answer in greedy_answers(model, tokenizer, prompts)]
+        prompts = render(TASKS["fpb"], rows, form.tokenizer)
+        found = [first_label(answer, TASKS["fpb"].labels) for answer in greedy_answers(model, form, prompts)]
         generated = report["models"][name]["tasks"]["fpb"]["generated"]
         assert generated["without_label"] == found.count(None)
         assert generated["accuracy"] == np.mean([a == row["label"] for a, row in zip(found, rows, strict=True)])
@@ -138,7 +126,7 @@ def test_label_loss_is_the_cross_entropy_among_the_labels(done_run):
     task, losses = TASKS["headlines"], []
     for row in rows_to_score(done_run / "data", "headlines", "test", None):
         prompt = tokenizer.apply_chat_template(
-            chat(render(task, row, tokenizer)), add_generation_prompt=True, tokenize=False
+            chat(render(task, [row], tokenizer)[0]), add_generation_prompt=True, tokenize=False
         )
         start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         scores = []
@@ -220,7 +208,7 @@ def test_benchmark_compares_with_lm_eval(done_run, capsys):
          "--limit", 6, "--rounds", 1)  # fmt: skip
     printed = capsys.readouterr().out
     assert "24 rows: " in printed
-    assert float(re.search(r"log-likelihood: (\S+) nats", printed)[1]) < 1e-3
+    assert float(re.search(r"log-likelihood to its row's first: (\S+) nats", printed)[1]) < 1e-3
     for task in TASKS:
         ours, plain = re.search(rf"^{task}: accuracy (\S+), lm-eval (\S+)$", printed, flags=re.M).groups()
         assert ours == plain

@@ -162,10 +162,10 @@ def test_no_room_on_the_disk(unmerged, monkeypatch):
             "same positive_prompts",
         ),
         ({"experts": [{"source_model": "experts/a"}, {"source_model": "experts/b"}]}, "'a' has no positive_prompts"),
-        ({"experts": [{"source_model": "x/a", "positive_prompts": ["a"]}] * 2}, "two or more different roles"),
+        ({"experts": [{"source_model": "experts/a", "positive_prompts": ["a"]}] * 2}, "two or more different roles"),
         ({"base_model": None}, "base_model"),
         (
-            {"experts": [{"source_model": f"x/{r}", "positive_prompts": [r]} for r in ("a", "shared")]},
+            {"experts": [{"source_model": f"experts/{r}", "positive_prompts": [r]} for r in ("a", "shared")]},
             "no expert can be called 'shared'",
         ),
     ],

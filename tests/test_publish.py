@@ -109,7 +109,7 @@ def test_what_is_published_and_nothing_else(published):
     space = hub.repos["spaces", f"owner/{NAME}"]
     assert space.private
     assert set(space.commits[space.head]) - {".gitattributes"} == {
-        "README.md", "app.py", "team.py", "panels.py", "examples.py", "gpu.py", "prices.py",
+        "README.md", "app.py", "team.py", "panels.py", "examples.py", "gpu.py", "chats.py", "prompts.py",
         "requirements.txt",
     }  # fmt: skip
     assert space.settings["variables"] == [{"key": "MODEL_ID", "value": f"owner/{NAME}"}]

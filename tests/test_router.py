@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
-from conftest import ROLES, call, fit_router
+from conftest import ROLES, call, fit_router, instruct_tune
 from finteam_experts import gates, runs
 from finteam_experts.batches import encode, padded_batches
 from finteam_experts.data import corpus_file, read_corpus
@@ -183,13 +183,11 @@ def test_a_fit_that_is_cut_off_while_writing_is_not_taken_for_a_finished_one(mer
     monkeypatch.setattr("sys.argv", ["fit_router.py", "--run_dir", str(merged)])
     with pytest.raises(KeyboardInterrupt):
         script.main()
-    assert not (merged / "moe").exists()
-    with pytest.raises(InputError, match="moe is not finished. Run this step first: .*merge_moe"):
-        fit_router(merged)
-    call("scripts/merge_moe.py", "--run_dir", merged)
-    assert runs.read_record(merged / "moe")["router"]["kind"] == "hidden"
+    assert load_model(merged / "moe")  # a complete folder is never taken away
+    with pytest.raises(InputError, match=r"router was being replaced .* Run again: scripts/fit_router.py"):
+        instruct_tune(merged, "moe")
     fit_router(merged)
-    assert load_model(merged / "moe")
+    assert runs.require(merged / "moe", "")["router"]["kind"] == "fitted"
 
 
 def swap_roles(run_dir):

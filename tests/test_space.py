@@ -11,9 +11,10 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from conftest import chat
 from finteam_experts.models import load_model, load_tokenizer
 from finteam_experts.routing import mixing_weights
-from finteam_experts.tasks import TASKS, chat, render
+from finteam_experts.tasks import TASKS, render
 
 TITLES = ["Macro analyst", "Micro analyst", "Quantitative analyst"]
 
@@ -76,7 +77,7 @@ def test_one_analyst_alone_answers_as_its_expert_does(client, done_run):
 def test_label_probabilities_are_those_of_the_evaluation(client, done_run, task):
     model, tokenizer = load_model(done_run / "moe-instruct"), load_tokenizer(done_run / "moe-instruct")
     row = {"text": "Net sales rose to EUR 12.4 mn."}
-    ids = tokenizer.apply_chat_template(chat(render(TASKS[task], row, tokenizer)), add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(chat(render(TASKS[task], [row], tokenizer)[0]), add_generation_prompt=True)
     scores = []
     for label in TASKS[task].labels:
         end = tokenizer(label, add_special_tokens=False)["input_ids"]

@@ -47,7 +47,8 @@ def test_complete_step_is_skipped_and_another_configuration_refused(copied_run, 
     assert "macro is complete: skipped" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"settings\.lora_r: recorded 4, now 8"):
         train_expert(copied_run, "macro", "--lora_r", 8)
-    (copied_run / "data/corpora/macro.jsonl").write_text('{"text": "Rates rose.", "source": "x"}\n')
+    with (copied_run / "data/corpora/macro.jsonl").open("a") as file:
+        file.write('{"text": "Rates rose."}\n')
     with pytest.raises(InputError, match="corpus: recorded"):
         train_expert(copied_run, "macro")
 
@@ -60,7 +61,8 @@ def test_a_corpus_may_be_streamed_from_files_with_another_column(new_run, tmp_pa
     streamed = ("--corpus", tmp_path / "part-*.parquet", "--corpus_column", "section_7")
     train_expert(new_run, "macro", *same, *streamed)
     record = read_record(new_run / "adapters/macro")
-    assert record["inputs"]["corpus"] == {"files": f"{tmp_path}/part-*.parquet", "column": "section_7"}
+    corpus = record["inputs"]["corpus"]
+    assert (corpus["files"], corpus["column"]) == ("part-*.parquet", "section_7")  # no folder of this machine
     assert record["results"]["steps"] == 4
     assert record["results"]["heldout_perplexity_after"] < record["results"]["heldout_perplexity_before"]
     with pytest.raises(InputError, match=r"corpus.files: recorded .*part-\*.parquet"):
@@ -91,7 +93,7 @@ def test_a_stream_that_cannot_be_used_is_refused_before_training(new_run, argume
             "lora_target_modules .* adapts gate_proj, up_proj, down_proj only",
         ),
         (("--learning_rat", "1"), "unknown argument '--learning_rat'.*Did you mean 'learning_rate'"),
-        (("--output_dir", "x"), "output_dir is set by run_dir"),
+        (("--output_dir", "x"), "output_dir is 'x'.* It is set by run_dir"),
         (("--data_dir", "nowhere"), r"nowhere/corpora/macro\.jsonl does not exist"),
         (("--base", "nowhere"), "'nowhere' is neither a model folder .* nor a Hub id"),
         (("--base", "nobody/no-such-model"), "could not be fetched from the Hub"),

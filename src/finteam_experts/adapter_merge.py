@@ -7,6 +7,7 @@ the target. Whatever lies outside the layers is copied.
 
 import contextlib
 import copy
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,39 +16,47 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from finteam_experts.errors import InputError
-from finteam_experts.models import adapts_split_experts
+from finteam_experts import runs
+from finteam_experts.errors import InputError, NotFiniteError
+from finteam_experts.models import ADAPTER_FILE, adapts_split_experts, read_config, stored_dtype
 from finteam_experts.release import finish_release, released_tensors
-from finteam_experts.shards import ShardWriter, StoredTensors, weight_files
+from finteam_experts.shards import INDEX, ShardWriter, StoredTensors, weight_files
 from finteam_experts.split_experts import split_experts
 
 _LAYER = re.compile(r"(?<=model\.layers\.)\d+(?=\.)")
 _PROBE_TOKENS = 4
 _TOLERANCE = 1e-3
+_MERGED = "merging"  # a file beside the shards of a merge that is under way: the hash of its adapter
 
 
 @torch.no_grad()
 def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> float:
     """Merge a LoRA adapter into its model in fp32, save the result to `target` in the model's dtype and in the release layout.
 
-    Shards that an interrupted merge of the same model and adapter left in `target` are kept.
+    Shards that an interrupted merge of the same adapter left in `target` are kept.
     Returns the largest difference between a layer's outputs with the adapter and merged, as a share of the largest output.
-    Raises `InputError` if it exceeds 1e-3, or if the adapter changes anything outside the decoder layers.
+    Raises `InputError` if it exceeds 1e-3, if the adapter changes anything outside the decoder layers, or if a weight of it or of
+    the model is not finite.
     """
-    config = AutoConfig.from_pretrained(model_folder)
+    config, dtype = read_config(model_folder), stored_dtype(model_folder)
+    config.dtype = dtype
+    adapter_file = adapter_folder / ADAPTER_FILE
+    _forget_another(target, runs.file_hash(adapter_file))
     adapter_config = PeftConfig.from_pretrained(adapter_folder)
     adapter_config.layers_to_transform = (
         None  # each is layer 0 of its model; the adapter has no tensors for the others
     )
     split = adapts_split_experts(config, adapter_config.target_modules)
-    dtype = config.dtype or torch.float32
     difference = 0.0
-    with StoredTensors(weight_files(model_folder)) as stored, StoredTensors(weight_files(adapter_folder)) as adapter:
+    with StoredTensors(weight_files(model_folder)) as stored, StoredTensors([adapter_file]) as adapter:
         parts, changes = _by_layer(stored), _by_layer(adapter)
+        for name in adapter:
+            if not adapter[name].isfinite().all():
+                raise NotFiniteError(f"{adapter_file}: {name} is not finite: its training diverged. Train it again.")
         if None in changes:
             raise InputError(
                 f"{adapter_folder} changes {changes[None][0]}. A merge takes over what lies in the decoder layers: leave "
@@ -69,7 +78,11 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
                 # PEFT keeps a LoRA in fp32, but a router in whatever the model was trained in
                 own = {_as_first(name): adapter[name].float() for name in changes[layer]}
                 model, off = _merged(get_peft_model(model, adapter_config, low_cpu_mem_usage=True), own)
-                if not off <= _TOLERANCE:  # also when it is NaN
+                if not math.isfinite(off):
+                    raise NotFiniteError(
+                        f"layer {layer} of {model_folder} gives outputs that are not finite: look at the model's weights."
+                    )
+                if off > _TOLERANCE:
                     raise InputError(
                         f"{adapter_folder}: layer {layer} with the adapter and merged differ by {off:.1e} of its largest "
                         "output. The adapter has parts that a merge can't take over."
@@ -83,7 +96,18 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
                 writer.write(name, tensors[name].to(dtype))
         writer.finish()
     finish_release(config, model_folder, target)
+    (target / _MERGED).unlink()
     return difference
+
+
+def _forget_another(target: Path, adapter: str) -> None:
+    """Delete the shards in `target` that are of another adapter than the one with this hash."""
+    target.mkdir(parents=True, exist_ok=True)
+    marker = target / _MERGED
+    if not marker.is_file() or marker.read_text() != adapter:
+        for path in (*target.glob("model*.safetensors"), target / INDEX):
+            path.unlink(missing_ok=True)
+        marker.write_text(adapter)
 
 
 def _by_layer(names: Iterable[str]) -> dict[int | None, list[str]]:

@@ -7,20 +7,26 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from finteam_experts import runs
-from finteam_experts.errors import InputError
-from finteam_experts.models import fingerprint, parameter_counts
-from finteam_experts.publishing import FIGURES, Release, Repo
+from finteam_experts.errors import InputError, read_json
+from finteam_experts.models import (
+    ADAPTER_FILE,
+    as_chats,
+    fingerprint,
+    is_model,
+    load_tokenizer,
+    parameter_counts,
+)
+from finteam_experts.publishing import FIGURES, REPOSITORY, Release, Repo
 from finteam_experts.roles import role_of
-from finteam_experts.tasks import SYSTEM_PROMPT, TASKS
+from finteam_experts.tasks import TASKS
 
-TEMPLATES = Path("scripts/cards")
+TEMPLATES = REPOSITORY / "scripts" / "cards"
 SCORES = {"accuracy": "accuracy", "f1": "macro_f1", "matthews_correlation": "mcc"}  # the Hub's names and ours
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of what scripts/make_base.py unpacks
 QUESTIONS = {
@@ -39,11 +45,17 @@ _ENVIRONMENT = jinja2.Environment(
 )  # fmt: skip
 
 
-def snippet(repo: Repo, dense: str) -> str:
-    """The code of the card, which a reader copies and runs."""
+def snippet(release: Release, repo: Repo) -> str:
+    """The code of the card, which a reader copies and runs: it asks as the model was tuned."""
     question = QUESTION if repo.card != "adapter" else QUESTIONS.get(repo.part.split("/")[1], QUESTION)
+    folder = release.folder_of(release.dense)
+    form = as_chats(load_tokenizer(folder), folder)
     return _ENVIRONMENT.get_template("snippet.py.jinja").render(
-        adapter=repo.card == "adapter", name=repo.id, dense=dense, system=SYSTEM_PROMPT, question=question
+        adapter=repo.card == "adapter",
+        name=repo.id,
+        dense=release.id_of(release.dense),
+        messages=form.messages(question),
+        thinks="enable_thinking" in str(form.tokenizer.chat_template),
     )
 
 
@@ -52,8 +64,9 @@ def tried(release: Release, repo: Repo) -> dict[str, Any]:
     folder, dense = release.run_dir / repo.part, release.folder_of(release.dense)
     known_file = release.run_dir / "reports" / "snippets.json"
     known = json.loads(known_file.read_text()) if known_file.exists() else {}
-    code = snippet(repo, release.id_of(release.dense))
-    inputs = {"code": code, "model": fingerprint(folder)}
+    code = snippet(release, repo)
+    model = runs.file_hash(folder / ADAPTER_FILE) if repo.card == "adapter" else fingerprint(folder)
+    inputs = {"code": code, "model": model}
     if known.get(repo.part, {}).get("inputs") != inputs:
         names = {repo.id: folder, release.id_of(release.dense): dense}
         for name, path in names.items():
@@ -84,8 +97,8 @@ def evaluation(release: Release) -> dict[str, Any] | None:
     path = release.run_dir / "reports" / "evaluation.json"
     if not path.is_file():
         return None
-    report = json.loads(path.read_text())
-    if report["inputs"]["models"].get("moe-instruct") != fingerprint(release.run_dir / "moe-instruct"):
+    report = read_json(path)
+    if not is_model(release.run_dir / "moe-instruct", report["inputs"]["models"].get("moe-instruct")):
         raise InputError(f"{path} is of another moe-instruct. Evaluate this one: scripts/evaluate.py")
     return report
 
@@ -150,7 +163,7 @@ def render(release: Release, repo: Repo, licence: str, version: str, licences: d
         adapter=json.loads(repo.files["adapter_config.json"]) if repo.card == "adapter" else None,
         team=[role_of(name, place) for place, name in enumerate(member["name"] for member in release.team)],
         tasks=list(TASKS.values()),
-        snippet=snippet(repo, release.id_of(release.dense)),
+        snippet=snippet(release, repo),
         tried=tried(release, repo),
         parameters=parameter_counts(folder) if repo.card != "adapter" else None,
         report=evaluation(release),

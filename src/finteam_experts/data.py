@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data directory: role corpora and task rows as JSON lines, read with errors that name file and line.
 
-    corpora/{role}.jsonl, corpora/{role}_heldout.jsonl      {"text": str, "source": str}
+    corpora/{role}.jsonl, corpora/{role}_heldout.jsonl      {"text": str}
     tasks/{task}_train.jsonl, tasks/{task}_test.jsonl       {"text": str, "label": str, "question": str (optional)}
 
 Other columns are allowed and ignored. A task may have a TASK_valid.jsonl as well; where it has none, a tenth of its train
@@ -10,17 +10,19 @@ rows serves for validation.
 
 import hashlib
 import json
+import os
 import random
-from collections.abc import Iterator
+import unicodedata
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import IterableDataset, load_dataset
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
 
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.tasks import TASKS
+
+FEWEST_PASSAGES = 32  # of a corpus, for the router
 
 
 def corpus_file(data_dir: Path, role: str, *, heldout: bool = False) -> Path:
@@ -31,37 +33,29 @@ def task_file(data_dir: Path, task: str, split: str) -> Path:
     return data_dir / "tasks" / f"{task}_{split}.jsonl"
 
 
+@cache
+def tasks_of(data_dir: Path) -> list[str]:
+    """The tasks that a data directory has rows of; `InputError` if it has none. Rows of unknown tasks are named on the screen."""
+    found = {path.stem.rpartition("_")[0]: path for path in sorted((data_dir / "tasks").glob("*_*.jsonl"))}
+    if not found.keys() & set(TASKS):
+        raise InputError(f"{data_dir}/tasks has no TASK_train.jsonl and TASK_test.jsonl of any of {', '.join(TASKS)}.")
+    for name in found.keys() - set(TASKS) if os.environ.get("RANK", "0") == "0" else ():
+        print(f"{data_dir}/tasks/{name}_*.jsonl are left out: there is no task '{name}'.{nearest(name, TASKS)}")
+    return [name for name in TASKS if name in found]
+
+
+def check_passages(data_dir: Path, role: str, passages: list[str]) -> None:
+    """Raise `InputError` unless the role's corpus has the passages that the fit of the router needs."""
+    if len(passages) < FEWEST_PASSAGES:
+        raise InputError(
+            f"{corpus_file(data_dir, role)} has {len(passages)} passages. The router needs {FEWEST_PASSAGES} or more of each "
+            "role: add some."
+        )
+
+
 def read_corpus(data_dir: Path, role: str, *, heldout: bool = False) -> list[str]:
     """The passages of one role's corpus."""
-    return [row["text"] for row in read_rows(corpus_file(data_dir, role, heldout=heldout), ("text", "source"))]
-
-
-def stream_corpus(files: str, column: str) -> IterableDataset:
-    """The texts in `column` of JSON-lines or Parquet files, read as they are needed: nothing of them is kept.
-
-    `files` may have wildcards, and lie on the Hub as hf://datasets/OWNER/NAME/... Raises `InputError` if no text is found there.
-    """
-    texts = IterableDataset.from_generator(_texts, gen_kwargs={"files": files, "column": column})
-    try:
-        first = next(iter(texts), None)
-    except InputError:
-        raise
-    except (DatasetsError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(f"corpus {files}: can't be read: {error}") from None
-    if first is None:
-        raise InputError(f"corpus {files}: no row has text in column '{column}'.")
-    return texts
-
-
-def _texts(files: str, column: str) -> Iterator[dict[str, str]]:
-    kind = "parquet" if files.endswith(".parquet") else "json"
-    for row in load_dataset(kind, data_files=files, split="train", streaming=True):
-        if column not in row:
-            raise InputError(
-                f"corpus {files}: no column '{column}'; it has {', '.join(row)}. Name one with corpus_column."
-            )
-        if row[column]:
-            yield {"text": row[column]}
+    return [row["text"] for row in read_rows(corpus_file(data_dir, role, heldout=heldout), ("text",))]
 
 
 def evenly_spread(passages: list[str], count: int) -> list[str]:
@@ -74,26 +68,34 @@ def read_task(data_dir: Path, task: str, split: str) -> list[dict[str, str]]:
 
     `train` is the whole file, `valid` the rows of train that are `held_out` if there is no file for it.
 
-    Raises `InputError` for a missing or empty file, a missing column or an unknown label; for `test`, also for a row
-    whose text is in train as well (compared by its lower-cased letters and digits).
+    A row whose question is null or blank asks the task's. Raises `InputError` for a missing or empty file, a missing column,
+    an unknown label or a question that is no text.
     """
-    path = task_file(data_dir, task, split)
-    from_train = split == "valid" and not path.is_file()
-    if from_train:
-        path = task_file(data_dir, task, "train")
+    path = scored_file(data_dir, task, split)
+    from_train = split == "valid" and path == task_file(data_dir, task, "train")
     rows = read_rows(path, ("text", "label"))
     labels = TASKS[task].labels
+    found = []
     for line, row in enumerate(rows, start=1):
         if row["label"] not in labels:
             raise InputError(
                 f"{path}, line {line}: unknown label '{row['label']}'. {task} has the labels {', '.join(labels)}."
                 f"{nearest(row['label'], labels)}"
             )
-    if split == "test":
-        _check_not_in_train(path, rows, data_dir, task)
-    if from_train:
-        rows = [row for row in rows if held_out(data_dir, task, row)]
-    return [{key: row[key] for key in ("text", "label", "question") if key in row} for row in rows]
+        question = row.get("question")
+        if question is not None and not isinstance(question, str):
+            raise InputError(
+                f"{path}, line {line}: the question is {question!r}. Write text, or null for the task's own question."
+            )
+        kept = {"text": row["text"], "label": row["label"]}
+        found.append(kept | {"question": question} if question and question.strip() else kept)
+    return [row for row in found if held_out(data_dir, task, row)] if from_train else found
+
+
+def scored_file(data_dir: Path, task: str, split: str) -> Path:
+    """The file that `read_task` takes the rows of a split from."""
+    path = task_file(data_dir, task, split)
+    return path if split != "valid" or path.is_file() else task_file(data_dir, task, "train")
 
 
 def rows_to_score(data_dir: Path, task: str, split: str, limit: int | None) -> list[dict[str, str]]:
@@ -112,9 +114,17 @@ def held_out(data_dir: Path, task: str, row: dict[str, str]) -> bool:
 def row_limits(per_task: int | None, of_task: dict[str, int] | None) -> dict[str, int | None]:
     """The most train rows to take of each task: `per_task`, unless `of_task` names it; `InputError` for unknown tasks."""
     own = of_task or {}
+    if not isinstance(own, dict):
+        raise InputError(f"rows_of_task is {own!r}; write it as {{stock_movement: 160}}.")
     for name in own:
         if name not in TASKS:
-            raise InputError(f"rows_of_task: unknown task '{name}'.{nearest(name, TASKS)}")
+            raise InputError(f"rows_of_task: unknown task '{name}'.{nearest(str(name), TASKS)}")
+    for name, limit in {
+        "rows_per_task": per_task,
+        **{f"rows_of_task, {task}": limit for task, limit in own.items()},
+    }.items():
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise InputError(f"{name} is {limit!r}; it must be a whole number above 0, or be left out for all rows.")
     return {name: own.get(name, per_task) for name in TASKS}
 
 
@@ -127,7 +137,7 @@ def tuning_rows(
     """
     rng = random.Random(seed)
     rows = []
-    for task in TASKS:
+    for task in tasks_of(data_dir):
         own = read_task(data_dir, task, "train")
         if hold_out:
             own = [row for row in own if not held_out(data_dir, task, row)]
@@ -145,7 +155,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     partial.replace(path)
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines; an `InputError` names the line that has no text in one of `columns`."""
     if not path.is_file():
         raise InputError(
@@ -153,37 +163,47 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             "tasks/TASK_train.jsonl and tasks/TASK_test.jsonl; scripts/make_sample_data.py writes one."
         )
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{where}: not UTF-8 ({error.reason}). Convert it: iconv -f latin1 -t utf-8"
+                ) from None
             except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error}). Write one JSON object a line.") from None
+                raise InputError(f"{where}: not JSON ({error}). Write one JSON object a line.") from None
             for column in columns:
                 value = row.get(column) if isinstance(row, dict) else None
                 if not isinstance(value, str) or not value.strip():
                     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                     raise InputError(
-                        f"{path}, line {number}: no text in column '{column}'. Expected the columns "
-                        f"{', '.join(columns)}; found {found}."
+                        f"{where}: no text in column '{column}'. Expected the columns {', '.join(columns)}; found {found}."
+                    )
+            for column, value in row.items():
+                if isinstance(value, str) and not _is_unicode(value):
+                    raise InputError(
+                        f"{where}: column '{column}' holds half a character (a lone surrogate). Remove it."
                     )
             rows.append(row)
     if not rows:
-        raise InputError(f"{path} is empty. Fill it, or leave its role or task out.")
+        raise InputError(f"{path} is empty. Fill it; every role and task of the run needs its files.")
     return rows
 
 
-def _check_not_in_train(path: Path, rows: list[dict[str, str]], data_dir: Path, task: str) -> None:
-    train_path = task_file(data_dir, task, "train")
-    train_lines = {text_key(row): line for line, row in enumerate(read_rows(train_path, ("text",)), start=1)}
-    for line, row in enumerate(rows, start=1):
-        if train_line := train_lines.get(text_key(row)):
-            raise InputError(
-                f"{path}, line {line}: the same text is in {train_path}, line {train_line}. "
-                "A test row that was trained on measures nothing: remove it from one of them."
-            )
-
-
 def text_key(row: dict[str, str]) -> str:
-    """What two rows share if their texts count as the same."""
-    return "".join(filter(str.isalnum, row["text"].lower()))
+    """What two rows share if their texts count as the same: letters and digits, whatever their case and Unicode form.
+
+    A text without any, such as an emoji, is its own key.
+    """
+    text = unicodedata.normalize("NFKC", row["text"])
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text.casefold()))) or text.strip()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -7,37 +7,53 @@ python -m finteam_experts.merge_config moe_merge.yaml      # prints the roles th
 import sys
 from pathlib import Path
 
-import yaml
 from mergekit.common import ModelPath, ModelReference
 from mergekit.moe.config import Expert, MoEMergeConfig
 from pydantic import ValidationError
 
-from finteam_experts.errors import InputError, nearest, run
+from finteam_experts.errors import InputError, nearest, read_yaml, run
 
 SHARED = "shared"  # not a role: what all roles share
 MERGE_FILE = Path(__file__).parents[2] / "moe_merge.yaml"
+BASE = "base"  # the run folder's dense base
+DTYPES = ("float32", "bfloat16", "float16")
+# mergekit's keys that are refused, and why
+UNUSED = {
+    "architecture": "the MoE is a Mixtral.",
+    "shared_experts": "a Mixtral has none.",
+    "noise_scale": "each expert is merged as it was trained, and checked against that.",
+    "residual_scale": "each expert is merged as it was trained, and checked against that.",
+}
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 
 
 def read_merge_config(path: Path) -> MoEMergeConfig:
     """Read and check the merge. mergekit itself ignores unknown keys and unknown gate modes, so both are errors here."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file. It lists the base, the experts and their router prompts.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
+    content = read_yaml(path)
     _check_keys(path, content, MoEMergeConfig, "")
     for position, expert in enumerate(content.get("experts") or []):
         _check_keys(path, expert, Expert, f"experts[{position}].")
     try:
         config = MoEMergeConfig.model_validate(content)
     except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {key}: {first['msg'].lower()}, found {str(first['input'])[:80]!r}.") from None
+    except (ValueError, TypeError, RuntimeError) as error:  # of mergekit's own validators
         raise InputError(f"{path}: {error}") from None
     if config.gate_mode not in GATE_MODES:
         raise InputError(
             f"{path}: gate_mode '{config.gate_mode}' is unknown. Known: {', '.join(GATE_MODES)}."
             f"{nearest(config.gate_mode, GATE_MODES)}"
+        )
+    if config.dtype not in (None, *DTYPES):
+        raise InputError(
+            f"{path}: dtype '{config.dtype}' is unknown. Known: {', '.join(DTYPES)}.{nearest(config.dtype, DTYPES)}"
+        )
+    if str(config.base_model) != BASE:
+        raise InputError(
+            f"{path}: base_model is '{config.base_model}'. It has to be '{BASE}', the run folder's: training and merge take "
+            "another one with --base."
         )
     _check_team(path, config)
     return config
@@ -83,17 +99,26 @@ def in_run(config: MoEMergeConfig, base: Path, run_dir: Path) -> MoEMergeConfig:
 
 
 def _check_keys(path: Path, content: object, model: type, prefix: str) -> None:
+    """Raise `InputError` for keys that mergekit would ignore, and for those of its keys that this merge has no use for."""
     if not isinstance(content, dict):
         raise InputError(
             f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping, found {type(content).__name__}."
         )
     for key in content:
         if key not in model.model_fields:
-            raise InputError(f"{path}: unknown key '{prefix}{key}'.{nearest(key, model.model_fields)}")
+            raise InputError(f"{path}: unknown key '{prefix}{key}'.{nearest(str(key), model.model_fields)}")
+        if key in UNUSED and content[key] is not None:
+            raise InputError(f"{path}: '{prefix}{key}' can't be set here: {UNUSED[key]} Remove it.")
 
 
 def _check_team(path: Path, config: MoEMergeConfig) -> None:
     names = roles(config)
+    for name, expert in zip(names, config.experts, strict=True):
+        if str(expert.source_model) not in (f"experts/{name}", BASE):
+            raise InputError(
+                f"{path}: source_model is '{expert.source_model}'. An expert is experts/ROLE, which recipes/train_expert.py and "
+                f"the merge make in the run folder, or '{BASE}' for a generalist."
+            )
     if SHARED in names:
         raise InputError(f"{path}: no expert can be called '{SHARED}': that is the trunk. Rename its folder.")
     if len(set(names)) < max(len(names), 2):

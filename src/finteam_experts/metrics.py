@@ -37,14 +37,38 @@ def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def scores_with_errors(labels: np.ndarray, predictions: np.ndarray, classes: int, seed: int = 0) -> dict[str, float]:
-    """Each score of one set of predictions with its standard error, by bootstrap over the rows."""
-    rows = np.random.default_rng(seed).integers(len(labels), size=(RESAMPLES, len(labels)))
-    resampled = scores(confusion(labels[rows], predictions[rows], classes))
+def scores_with_errors(
+    labels: np.ndarray, predictions: np.ndarray, classes: int, units: np.ndarray | None = None, seed: int = 0
+) -> dict[str, float]:
+    """Each score of one set of predictions with its standard error, by bootstrap over the rows.
+
+    Rows with the same number in `units` [rows] are drawn together: a text that is there twice tells no more than once.
+    """
+    units = np.arange(len(labels)) if units is None else np.unique(units, return_inverse=True)[1]
+    weights = _draws(units, np.random.default_rng(seed))
+    one_hot = np.eye(classes**2)[labels * classes + predictions]  # [rows, classes squared]
+    resampled = scores((weights @ one_hot).reshape(-1, classes, classes))
     result = {}
     for name, value in scores(confusion(labels, predictions, classes)).items():
         result |= {name: float(value), f"{name}_stderr": float(resampled[name].std(ddof=1))}
     return result
+
+
+def unlike_written(scored: np.ndarray, written: np.ndarray, units: np.ndarray) -> bool:
+    """Whether two ways of asking one model differ in accuracy by more than three standard errors of their difference.
+
+    `scored` and `written` [rows] say whether a row's answer is right by label scores and in the model's own words.
+    """
+    _, place = np.unique(units, return_inverse=True)
+    difference = np.bincount(place, scored.astype(float) - written.astype(float))  # by text
+    error = difference.std(ddof=1) * len(difference) ** 0.5 if len(difference) > 1 else 0.0
+    return bool(abs(difference.sum()) > 3 * error)
+
+
+def _draws(units: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each row is drawn in each bootstrap resample of the units, [resamples, rows]."""
+    count = units.max() + 1
+    return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)[:, units].astype(float)
 
 
 def majority_vote(predictions: np.ndarray, classes: int) -> np.ndarray:
@@ -75,8 +99,7 @@ def paired_difference(
     ours_draw, theirs_draw = (_seed_weights(next(iter(side.values())).shape[0], rng) for side in (ours, theirs))
     for task, true in labels.items():
         _, place = np.unique(units[task], return_inverse=True)
-        draws = rng.multinomial(place.max() + 1, np.full(place.max() + 1, 1 / (place.max() + 1)), RESAMPLES)
-        weights = draws[:, place].astype(float)  # [resamples, rows]
+        weights = _draws(place, rng)
         sides = []
         for predictions, seed_weights in ((ours[task], ours_draw), (theirs[task], theirs_draw)):
             one_hot = np.eye(classes[task] ** 2)[true * classes[task] + predictions]  # [seeds, rows, classes squared]
@@ -100,12 +123,17 @@ def difference_on_rows(
     tasks = {name: TASKS[name] for name in rows}
     return paired_difference(
         {name: np.array([task.labels.index(row["label"]) for row in rows[name]]) for name, task in tasks.items()},
-        {name: np.unique([text_key(row) for row in own], return_inverse=True)[1] for name, own in rows.items()},
+        {name: text_units(own) for name, own in rows.items()},
         ours,
         theirs,
         {name: len(task.labels) for name, task in tasks.items()},
         {name: task.main_score for name, task in tasks.items()},
     )
+
+
+def text_units(rows: list[dict[str, str]]) -> np.ndarray:
+    """A number for each row, the same for rows of one text."""
+    return np.unique([text_key(row) for row in rows], return_inverse=True)[1]
 
 
 def _seed_weights(seeds: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss of a language model on plain passages."""
 
+import math
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from finteam_experts.batches import encode, padded_batches
+from finteam_experts.errors import NotFiniteError
 
+LARGEST_LOSS = 100  # nats a token: a model that knows nothing of a vocabulary of a million has 14
 BATCH_TOKENS = 512  # the logits of more would take more memory than a training step
 
 
@@ -39,4 +43,17 @@ def heldout_loss(
         total += losses.sum().item()
         count += batch["attention_mask"][:, 1:].sum().item()
     model.train(was_training)
+    if not math.isfinite(total):
+        raise NotFiniteError(
+            "the held-out loss is not finite: the model's weights are, or overflow. Look at its training log."
+        )
     return total / count
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats a token; `NotFiniteError` for the loss of a model that has diverged."""
+    if loss > LARGEST_LOSS:
+        raise NotFiniteError(
+            f"the held-out loss is {loss:.0f} nats a token: the training has diverged. Lower learning_rate and start it anew."
+        )
+    return math.exp(loss)

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from finteam_experts import runs
-from finteam_experts.errors import InputError
-from finteam_experts.models import fingerprint, local_folder
+from finteam_experts.errors import InputError, read_json
+from finteam_experts.models import ADAPTER_FILE, is_model, local_folder
 from finteam_experts.release import COMPANION_FILES
 from finteam_experts.roles import role_of
 
+REPOSITORY = Path(__file__).parents[2]
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", runs.RECORD, *COMPANION_FILES)
 SHARDS = "model-?????-of-?????.safetensors"
-ADAPTER_FILES = ("adapter_model.safetensors", runs.RECORD)
+ADAPTER_FILES = (ADAPTER_FILE, runs.RECORD)
 SPACE_FILES = (
-    "README.md", "app.py", "team.py", "panels.py", "examples.py", "gpu.py", "prices.py", "requirements.txt",
+    "README.md", "app.py", "team.py", "panels.py", "examples.py", "gpu.py", "chats.py", "prompts.py", "requirements.txt",
 )  # fmt: skip
 FIGURES = {"moe": "routing", "moe-instruct": "evaluation"}  # a report whose plot the card shows
 PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "openrail", "cc-by-4.0")
@@ -84,7 +85,7 @@ class Release:
         adapter = runs.require(self.run_dir / "adapters" / self.roles[0], "recipes/train_expert.py")
         for part in ("trunk", "base"):
             folder = self.run_dir / part
-            if folder.is_dir() and fingerprint(folder) == adapter["inputs"]["base"]:
+            if folder.is_dir() and is_model(folder, adapter["inputs"]["base"]):
                 return part
         if self.base_model:  # it was named with --base and is not in the run folder
             return "base"
@@ -135,7 +136,7 @@ class Release:
     def _adapter(self, role: str) -> Repo:
         folder = self.run_dir / "adapters" / role
         runs.require(folder, f"recipes/train_expert.py --role {role}")
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = read_json(folder / "adapter_config.json")
         config["base_model_name_or_path"] = self.id_of(self.dense)  # PEFT keeps the folder it was trained from
         files: dict[str, Path | bytes] = {name: folder / name for name in ADAPTER_FILES}
         files["adapter_config.json"] = (json.dumps(config, indent=2) + "\n").encode()

@@ -16,11 +16,12 @@ from transformers import PretrainedConfig
 
 from finteam_experts.runs import write_json
 
-# Files beside the weights that a derived model carries over byte for byte.
-COMPANION_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+# Files beside the weights that a derived model carries over byte for byte. tokenizer_config.json is one of them, too.
+TOKENIZER_FILES = (
+    "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
+TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
+COMPANION_FILES = (*TOKENIZER_FILES, "tokenizer_config.json", TEMPLATE_FILE, GENERATION_FILE)
 _LINEAR_EXPERT = re.compile(r"\.mlp\.experts\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 _MATRICES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -80,7 +81,7 @@ def _update_json(path: Path, change) -> None:
 def _with_old_keys(config: dict) -> dict:
     """The model config with what transformers 4 and its contemporaries look for beside what transformers 5 does."""
     rope = dict(config.get("rope_parameters") or {})
-    config["torch_dtype"] = config["dtype"]
+    config["torch_dtype"] = config.get("dtype")
     config["rope_theta"] = rope.pop("rope_theta", 10000.0)
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope

@@ -2,7 +2,8 @@
 """Run folders: steps that are skipped when complete, resumed when cut off, and never mixed with another configuration.
 
 A step builds `TARGET.incomplete` and renames it to `TARGET` at the end, so a target that exists is complete. Both carry
-`finteam.json`: the step's name, the inputs it was started with, and, once complete, its results.
+`finteam.json`: the step's name, the inputs it was started with, and, once complete, its results. One process at a time works
+on a target. A process that is killed at any moment leaves nothing that stops the same command.
 """
 
 import contextlib
@@ -10,13 +11,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finteam_experts.errors import InputError
+from filelock import FileLock, Timeout
+
+from finteam_experts.errors import InputError, NotFiniteError, read_json
 
 RECORD = "finteam.json"
+_FILES = "files"  # in the record of a finished step: what its folder keeps
+_UNFINISHED = "unfinished"  # in the record of a complete folder while a part of it is being replaced
+_locks: dict[Path, FileLock] = {}  # held until the step or this process ends, even by SIGKILL
 
 
 def work_folder(target: Path) -> Path:
@@ -31,34 +37,51 @@ def read_record(target: Path) -> dict[str, Any]:
         raise InputError(
             f"{target} has no {RECORD}, so it was not written by a step of this package. Name another folder."
         )
-    return json.loads(path.read_text())
+    record = read_json(path)
+    for key in ("step", "inputs"):
+        if key not in record:
+            raise InputError(f"{path} has no '{key}', so it was not written by a step of this package.")
+    return record
 
 
-def begin(target: Path, step: str, inputs: dict[str, Any], *, overwrite: bool = False) -> Path | None:
+def begin(
+    target: Path,
+    step: str,
+    inputs: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    has_progress: Callable[[Path], bool] | None = None,
+) -> Path | None:
     """Return the folder to build `target` in, fresh or as an interrupted run left it; `None` if `target` is complete.
 
-    Raises `InputError` if `target`, or its unfinished folder, was started with other inputs: it names each difference.
-    With `overwrite` such a `target` is made anew instead, and replaced when that is complete.
+    Raises `InputError` if another process is at work on `target`, or if `target` or its unfinished folder was started with
+    other inputs: it names each difference. An unfinished folder that `has_progress` says holds nothing worth keeping is made
+    anew instead (by default one that holds nothing but its record). With `overwrite` both are made anew, and a complete
+    `target` is replaced when its successor is whole.
     """
-    inputs = json.loads(json.dumps(inputs))  # as the record will read back
-    work = work_folder(target)
-    now = {"step": step, **inputs}
-    outdated = []
-    for folder in (target, work):
-        if folder.exists():
-            record = read_record(folder)
-            recorded = {"step": record["step"], **record["inputs"]}
-            if overwrite and _differences(recorded, now):
-                outdated.append(folder)
-            else:
-                advice = "Use the recorded settings, choose another --run_dir, or delete that folder to make it anew."
-                check_same_inputs(folder, recorded, now, advice)
-    if target.exists() and target not in outdated:
-        shutil.rmtree(work, ignore_errors=True)
-        print(f"{target} is complete: skipped")
-        return None
-    if work in outdated:
-        shutil.rmtree(work)
+    work, now = work_folder(target), {"step": step, **inputs}
+    lock(target)
+    _recover(target)
+    advice = "Use the recorded settings, choose another --run_dir, or delete it to make it anew."
+    if target.exists():
+        recorded = _inputs(target)
+        if not _differences(recorded, now):
+            _discard(work)
+            print(f"{target} is complete: skipped")
+            unlock(target)
+            return None
+        if not overwrite:
+            check_same_inputs(target, recorded, now, advice)
+    if work.exists():
+        progress = (has_progress or _holds_more_than_its_record)(work)
+        if not (work / RECORD).exists() and progress:
+            raise InputError(
+                f"{work} has no {RECORD}: it was not left by a step of this package. Delete or rename it."
+            )
+        if not (work / RECORD).exists() or (_differences(_inputs(work), now) and (overwrite or not progress)):
+            _discard(work)
+        else:
+            check_same_inputs(work, _inputs(work), now, advice)
     if work.exists():
         print(f"{work} was cut off: resuming")
     else:
@@ -67,37 +90,82 @@ def begin(target: Path, step: str, inputs: dict[str, Any], *, overwrite: bool = 
     return work
 
 
-def finish(target: Path, results: dict[str, Any]) -> None:
-    """Record the step's `results` (and what else describes the folder) and give it its final name."""
-    work = work_folder(target)
-    write_json(work / RECORD, {**read_record(work), **results})
-    if target.exists():  # only after `begin(..., overwrite=True)`
-        shutil.rmtree(target)
-    os.replace(work, target)
+def finish(target: Path, results: dict[str, Any], keep: Iterable[str] | None = None) -> None:
+    """Record the step's `results` (and what else describes the folder) and give it its final name.
 
-
-@contextlib.contextmanager
-def changed_in_place(target: Path) -> Iterator[Path]:
-    """Change a complete folder: it is incomplete meanwhile, and stays so if that fails."""
+    With `keep`, files and folders of other names are deleted first: checkpoints and what else a library left.
+    """
     work = work_folder(target)
-    os.replace(target, work)
-    yield work
-    os.replace(work, target)
+    present = sorted(path.name for path in work.iterdir())
+    files = present if keep is None else [name for name in present if name in {RECORD, *keep}]
+    write_json(work / RECORD, {**read_record(work), **results, _FILES: files})  # from here on the step is finished
+    _put_in_place(target)
+    unlock(target)
 
 
 def finish_report(target: Path, results: dict[str, Any]) -> None:
     """Write a step's record with its `results` to the file `target`, and remove the folder it was made in."""
     work = work_folder(target)
     write_json(target, {**read_record(work), **results})
-    shutil.rmtree(work)
+    _discard(work)
+    unlock(target)
 
 
-def require(folder: Path, made_by: str) -> dict[str, Any]:
-    """The record of an input folder that has to be complete; `InputError` says which step makes it."""
+@contextlib.contextmanager
+def changed_in_place(target: Path, record: dict[str, Any], advice: str) -> Iterator[None]:
+    """Replace files of a complete folder one by one. It is locked and `require` refuses it with `advice` until that is done.
+
+    `record` is what finteam.json says once the context ends without an error.
+    """
+    lock(target)
+    write_json(target / RECORD, {**read_record(target), _UNFINISHED: advice})
+    yield
+    write_json(target / RECORD, {key: value for key, value in record.items() if key != _UNFINISHED})
+    unlock(target)
+
+
+def is_unfinished(record: dict[str, Any]) -> bool:
+    """Whether a change of that folder was cut off."""
+    return _UNFINISHED in record
+
+
+def require(folder: Path, made_by: str, *, unfinished: bool = False) -> dict[str, Any]:
+    """The record of an input folder that has to be complete; `InputError` says which step makes it.
+
+    A folder in which a part was being replaced is refused too, unless `unfinished` allows it.
+    """
+    if not folder.is_dir() and (work_folder(folder).exists() or _aside(folder).exists()):
+        lock(folder)
+        _recover(folder)
+        unlock(folder)
     if not folder.is_dir():
         state = "is not finished" if work_folder(folder).exists() else "does not exist"
         raise InputError(f"{folder} {state}. Run this step first: {made_by}")
-    return read_record(folder)
+    record = read_record(folder)
+    if is_unfinished(record) and not unfinished:
+        raise InputError(f"{folder}: {record[_UNFINISHED]}")
+    return record
+
+
+def lock(target: Path) -> None:
+    """Keep other processes from `target` until `unlock` or the end of this process; `InputError` if one is at work on it."""
+    path = target.with_name(f".{target.name}.lock").absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = _locks.setdefault(path, FileLock(path))
+    try:
+        if not held.is_locked:
+            held.acquire(timeout=0)
+    except Timeout:
+        _locks.pop(path)
+        raise InputError(
+            f"another process is at work on {target}. Wait for it to end, or name another --run_dir."
+        ) from None
+
+
+def unlock(target: Path) -> None:
+    path = target.with_name(f".{target.name}.lock").absolute()
+    if path in _locks:
+        _locks.pop(path).release()
 
 
 def file_hash(path: Path) -> str:
@@ -118,18 +186,25 @@ def check_disk_room(folder: Path, needed_bytes: int) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that `path` is either whole or not there at all."""
+    """Write JSON so that `path` is either whole or not there at all; `NotFiniteError` for NaN or infinity."""
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise NotFiniteError(
+            f"{path} was not written: one of its figures is NaN or infinite. Look at the weights and the log of the model "
+            "that it is of."
+        ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
-    """Delete checkpoints and whatever else a library left in `folder` besides the files in `keep`."""
+    """Delete what is in `folder` besides the files and folders named in `keep`."""
     for path in folder.iterdir():
         if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
 
 
 def check_same_inputs(what: Path | str, recorded: dict[str, Any], now: dict[str, Any], advice: str) -> None:
@@ -138,8 +213,62 @@ def check_same_inputs(what: Path | str, recorded: dict[str, Any], now: dict[str,
         raise InputError("\n  ".join([f"{what} was made with other inputs:", *rows]) + f"\n{advice}")
 
 
+def _recover(target: Path) -> None:
+    """Finish or undo what a killed process left half-way: a finished step's renaming, or a deletion."""
+    work, aside = work_folder(target), _aside(target)
+    if (work / RECORD).is_file() and _FILES in read_json(work / RECORD):
+        _put_in_place(target)
+    elif _exists(aside) and not target.exists():
+        os.replace(aside, target)
+    for leftover in (aside, aside.with_name(f"{work.name}.discarded")):
+        _remove(leftover)
+
+
+def _put_in_place(target: Path) -> None:
+    work, aside = work_folder(target), _aside(target)
+    remove_all_but(work, read_record(work)[_FILES])
+    if _exists(target):  # only after `begin(..., overwrite=True)`
+        _remove(aside)
+        os.replace(target, aside)  # renamed, since a deletion that is cut off would leave a part of it under its name
+    os.replace(work, target)
+    _remove(aside)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.replaced")
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder. It is renamed first, so that it never exists in part under its own name."""
+    if _exists(folder):
+        aside = folder.with_name(f"{folder.name}.discarded")
+        _remove(aside)
+        os.replace(folder, aside)
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _holds_more_than_its_record(work: Path) -> bool:
+    return any(not path.name.startswith(RECORD) for path in work.iterdir())
+
+
+def _inputs(folder: Path) -> dict[str, Any]:
+    record = read_record(folder)
+    return {"step": record["step"], **record["inputs"]}
+
+
 def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    recorded, now = _flat(recorded), _flat(now)
+    recorded, now = _flat(recorded), _flat(json.loads(json.dumps(now)))  # as the record will read back
     pairs = {key: (recorded.get(key, "unset"), now.get(key, "unset")) for key in sorted(recorded | now)}
     return [f"{key}: recorded {was}, now {is_}" for key, (was, is_) in pairs.items() if was != is_]
 
@@ -147,5 +276,8 @@ def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -2,7 +2,7 @@
 """Scoring the labels of classification prompts: by log-likelihood, as a language model for lm-eval, or in an answer."""
 
 import json
-from itertools import takewhile
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from finteam_experts.batches import padded_batches
-from finteam_experts.tasks import FOLDER, SYSTEM_PROMPT, chat
+from finteam_experts.chats import ChatFormat
+from finteam_experts.errors import NotFiniteError
+from finteam_experts.tasks import FOLDER, SYSTEM_PROMPT
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context tokens, continuation tokens)
 
@@ -26,14 +27,23 @@ class LabelScoringLM(HFLM):
     vocabulary head runs on the label's positions only. Batches hold rows of similar length, `batch_tokens` tokens each.
     With `bf16` all but the head computes in bfloat16; the head does not, since bfloat16 logits of two labels are often equal.
 
-    lm-eval moves white space from a prompt's end to the label. A label counts as greedy if the model writes it after that
-    space: how likely the space is says nothing, and models that are tuned on answers alone never learn it.
+    The tokens of prompt and label are those of the training: `form` gives them, where lm-eval would put the rendered prompt and
+    the label together.
     """
 
-    def __init__(self, *args, batch_tokens: int = 2048, bf16: bool = False, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, form: ChatFormat, batch_tokens: int = 2048, bf16: bool = False, **kwargs) -> None:
+        super().__init__(*args, tokenizer=form.tokenizer, **kwargs)
+        self.form = form
         self.batch_tokens = batch_tokens
         self.bf16 = bf16
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The question alone: `_encode_pair` makes a conversation of it."""
+        return chat_history[-1]["content"]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        (exchange,) = self.form.exchanges([(context, continuation)])
+        return exchange.prompt, exchange.answer
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -60,15 +70,14 @@ class LabelScoringLM(HFLM):
                         own = row[start : start + len(label)]
                         target = torch.tensor(label, device=own.device)
                         total = own.gather(1, target[:, None]).sum().item()
-                        spaces = self._leading_spaces(label)
-                        scores[index] = (total, bool((own.argmax(-1) == target)[spaces:].all()))
+                        if not math.isfinite(total):
+                            raise NotFiniteError(
+                                f"the log-likelihood of a label is {total}: the model's weights are not finite, or overflow in "
+                                "their type. Look at its training log."
+                            )
+                        scores[index] = (total, bool((own.argmax(-1) == target).all()))
                         progress.update()
         return scores
-
-    def _leading_spaces(self, label: list[int]) -> int:
-        """How many of a label's first tokens are nothing but white space."""
-        tokens = takewhile(lambda token: self.tokenizer.decode([token]).isspace(), label[:-1])
-        return sum(1 for _ in tokens)
 
 
 def _passes(requests: list[Request]) -> list[tuple[list[int], list[int]]]:
@@ -120,15 +129,11 @@ def first_label(answer: str, labels: tuple[str, ...]) -> str | None:
 
 @torch.no_grad()
 def greedy_answers(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, max_new_tokens: int = 8
+    model: torch.nn.Module, form: ChatFormat, prompts: list[str], *, max_new_tokens: int = 8
 ) -> list[str]:
     """What the model writes in reply to each user message, always taking the likeliest token."""
-    if not prompts:  # which the chat template refuses
-        return []
-    chats = [chat(prompt) for prompt in prompts]
-    sequences = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
-    answers = [""] * len(prompts)
-    for rows, batch in padded_batches(sequences, tokenizer, title="answers", padding_side="left"):
+    answers, tokenizer = [""] * len(prompts), form.tokenizer
+    for rows, batch in padded_batches(form.prompts(prompts), tokenizer, title="answers", padding_side="left"):
         batch = batch.to(model.device)
         output = model.generate(
             **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id

@@ -4,6 +4,7 @@
 import torch
 from trl import SFTTrainer
 
+from finteam_experts.checkpoints import not_finite
 from finteam_experts.task_routing import EXPERT, TaskRouting, with_experts
 
 # A CPU compiles its kernels anew for every new number of tokens in bfloat16: batches are filled up to a multiple of this.
@@ -15,7 +16,8 @@ class CompactHeadSFTTrainer(SFTTrainer):
 
     TRL 1.16 does so on GPUs; elsewhere it scores every position in chunks and computes each chunk again in the backward
     pass, which is a large part of a small model's training step. The loss is the same (see tests/test_training.py);
-    the logged entropy is left out. Applies to padding-free batches (`packing: true`); others take TRL's own path.
+    the logged entropy is left out. Applies to padding-free batches (`packing: true`) and the plain loss; whatever else is asked
+    for takes TRL's own path.
     """
 
     task_routing: TaskRouting | None = None
@@ -30,10 +32,20 @@ class CompactHeadSFTTrainer(SFTTrainer):
         if self.task_routing and EXPERT not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, EXPERT]
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise not_finite("the loss", self.args.output_dir, self.state.global_step + 1)
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.task_routing:
             self.task_routing.experts = inputs.pop(EXPERT)  # stays for the second forward pass of checkpointing
-        if return_outputs or not self.padding_free or inputs["input_ids"].device.type != "cpu":
+        on_cpu = inputs["input_ids"].device.type == "cpu"
+        plain = (
+            self.args.loss_type == "nll" and not self.args.label_smoothing_factor and self.compute_loss_func is None
+        )
+        if return_outputs or not self.padding_free or not on_cpu or not plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][0, 1:]  # padding-free: all sequences of the batch lie in one row
         positions = (labels != -100).nonzero().flatten()

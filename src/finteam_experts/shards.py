@@ -3,6 +3,7 @@
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -10,30 +11,65 @@ from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from finteam_experts.errors import InputError
+from finteam_experts.errors import InputError, read_json
 from finteam_experts.runs import write_json
 
 SHARD_BYTES = 2 * 10**9
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_COMPUTED = (
+    "rotary_emb.inv_freq"  # in weights of Llama 2's time; models compute it, and transformers ignores what is stored
+)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no *.safetensors. Convert the model's weights, or choose another one.")
-    return files
+    """The files that hold a model's weights, as transformers finds them; `InputError` if there are none or one is missing.
+
+    Repositories hold other safetensors beside them (mistralai's a consolidated copy of all weights), which are not read.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} has no {name}, which {INDEX} lists. Download or write that folder again.")
+        if names:
+            return [folder / name for name in names]
+    others = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))) or "no safetensors at all"
+    raise InputError(
+        f"{folder} has neither {SINGLE} nor a complete {INDEX}; found {others}. Convert the model's weights to safetensors, or "
+        "choose another model."
+    )
+
+
+def open_tensors(file: Path) -> Any:
+    """safetensors' handle of a file; an `InputError` for a file that is cut off or is something else."""
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file.") from None
+    except SafetensorError as error:
+        raise InputError(
+            f"{file} can't be read ({error}): it may be cut off. Download its folder again, or delete it and repeat the step "
+            "that wrote it."
+        ) from None
 
 
 class StoredTensors(AbstractContextManager):
     """All tensors of the safetensors `files`, by name, each read when it is asked for."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._stack = ExitStack()
-        opened = [self._stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        self._file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self._stack, self._files = ExitStack(), files
+        opened = [self._stack.enter_context(open_tensors(file)) for file in files]
+        self._file_of = {
+            name: file
+            for file in opened
+            for name in file.keys()  # noqa: SIM118 (not a dict)
+            if not name.endswith(_COMPUTED)
+        }
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -47,6 +83,18 @@ class StoredTensors(AbstractContextManager):
     def meta(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of its shape on the meta device."""
         return torch.empty(self.slice(name).get_shape(), dtype=dtype, device="meta")
+
+    def dtype(self) -> torch.dtype:
+        """The most frequent floating-point type of the tensors."""
+        found = Counter(self.slice(name).get_dtype() for name in self)
+        for name, _ in found.most_common():
+            for dtype, stored in _DTYPES.items():
+                if stored == name:
+                    return dtype
+        raise InputError(
+            f"{self._files[0].parent}: its weights are of the types {', '.join(found)}; only "
+            f"{', '.join(_DTYPES.values())} can be trained and merged. Choose weights that are not quantised."
+        )
 
     def slice(self, name: str) -> Any:
         """The tensor as safetensors' slice, which is not read before it is indexed."""

@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Price windows in the form of the published stock-movement sets, said in far fewer tokens."""
+"""The user message that asks a task: its text, in fewer tokens where it is a price window, its question and its labels.
+
+The Space is uploaded with this file: it imports nothing of the package.
+"""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+PROMPT = "{text}\n\n{question} Answer {labels}."
 
 HEADER = "date,open,high,low,close,adj-close,inc-5,inc-10,inc-15,inc-20,inc-25,inc-30"
 _MOVE, _AVERAGES = 5, {5: 6, 30: 11}  # columns: adjusted close, and the averages of so many days
@@ -24,3 +33,17 @@ def compact_prices(text: str) -> str:
     averages = ", ".join(f"{count} days {days[-1][column]}" for count, column in _AVERAGES.items())
     moves = ", ".join(day[_MOVE] for day in days)
     return "\n".join([f"Daily moves in %: {moves}", f"Averages against the close in %: {averages}", *reversed(lines)])
+
+
+def task_prompt(
+    text: str, question: str, labels: Sequence[str], max_tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, bool]:
+    """The user message for a text, and whether the text had to be cut at its end to `max_tokens`, so that the question fits."""
+    text = compact_prices(text)
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    is_cut = len(places) > max_tokens
+    if is_cut:
+        text = text[: places[max_tokens - 1][1]]
+    return PROMPT.format(
+        text=text, question=question, labels=" or ".join([", ".join(labels[:-1]), labels[-1]])
+    ), is_cut

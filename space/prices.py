@@ -1,1 +1,0 @@
-../src/finteam_experts/tasks/prices.py

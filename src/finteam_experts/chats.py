@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a conversation to tokens: the one way for training, scoring, written answers, router calibration and the Space.
+
+The tokens of an answer are those that the tokenizer's chat template puts behind the prompt, with whatever the template
+writes around it: a space before the answer, an end-of-turn token after it. The Space is uploaded with this file: it imports
+nothing of the package.
+"""
+
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+Turns = list[dict[str, str]]  # {"role": "user" or "assistant", "content": text}
+
+_DATE = datetime.datetime(2024, 7, 26)
+# What templates let their caller decide. Reasoning is off under each of its names. Templates that print today's date (Llama 3,
+# SmolLM3) get a fixed one, or a model would be scored on another prompt than it was trained on the day before.
+TEMPLATE_SETTINGS: dict[str, Any] = {
+    "enable_thinking": False,
+    "thinking": False,
+    "date_string": _DATE.strftime("%d %b %Y"),
+    "strftime_now": _DATE.strftime,
+}
+_PROBES = (("What moves bond yields?", "positive"), ("Sales rose.\n\nIs that good? Answer No or Yes.", "No"))
+
+
+class TemplateError(ValueError):
+    """A chat template that can't be used. The message says what it does."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The token ids of a conversation whose last turn is an answer."""
+
+    prompt: list[int]
+    answer: list[int]  # up to and including the answer's last character
+    end: list[int]  # what the template puts behind the answer, such as an end-of-turn token
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.answer + self.end
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids with -100, which no loss reads, in place of the prompt."""
+        return [-100] * len(self.prompt) + self.answer + self.end
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a tokenizer's chat template writes conversations below one system prompt."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str
+    system_turn: bool  # False: the system prompt opens the first user turn
+
+    def messages(self, turns: Turns | str) -> Turns:
+        """The conversation with its system prompt, as `apply_chat_template` takes it. A string is a single question."""
+        if isinstance(turns, str):
+            turns = [{"role": "user", "content": turns}]
+        if self.system_turn:
+            return [{"role": "system", "content": self.system_prompt}, *turns]
+        return [{"role": "user", "content": f"{self.system_prompt}\n\n{turns[0]['content']}"}, *turns[1:]]
+
+    def prompts(self, conversations: list[Turns] | list[str]) -> list[list[int]]:
+        """The token ids of each conversation up to where the model is to answer."""
+        if not conversations:
+            return []
+        return self.tokenizer([self._prompt(turns) for turns in conversations], add_special_tokens=False)["input_ids"]
+
+    def exchanges(self, conversations: list[tuple[Turns | str, str]]) -> list[Exchange]:
+        """The token ids of each conversation with its answer, in prompt, answer and end.
+
+        Raises `TemplateError` where the template's text or tokens of a prompt are not the beginning of those with the answer.
+        """
+        if not conversations:
+            return []
+        prompts = [self._prompt(turns) for turns, _ in conversations]
+        answered = [self._answered(turns, answer) for turns, answer in conversations]
+        prompt_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        encoded = self.tokenizer(answered, add_special_tokens=False, return_offsets_mapping=True)
+        found = []
+        for row, (prompt, text, (_, answer)) in enumerate(zip(prompts, answered, conversations, strict=True)):
+            ids, offsets, before = encoded["input_ids"][row], encoded["offset_mapping"][row], prompt_ids[row]
+            if not text.startswith(prompt):
+                raise TemplateError(f"it writes a prompt differently once it is answered: {prompt!r}, then {text!r}.")
+            if ids[: len(before)] != before:
+                raise TemplateError(f"the tokens of {prompt!r} are other ones once {answer!r} follows.")
+            place = text.find(answer.strip(), len(prompt))
+            if place < 0:
+                raise TemplateError(f"it changes the answer {answer!r} to {text[len(prompt) :]!r}.")
+            last = place + len(answer.strip())
+            end = next((at for at in range(len(before), len(ids)) if offsets[at][0] >= last), len(ids))
+            found.append(Exchange(before, ids[len(before) : end], ids[end:]))
+        return found
+
+    def _prompt(self, turns: Turns | str) -> str:
+        return self._render(self.messages(turns), add_generation_prompt=True)
+
+    def _answered(self, turns: Turns | str, answer: str) -> str:
+        return self._render([*self.messages(turns), {"role": "assistant", "content": answer}])
+
+    def _render(self, messages: Turns, *, add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_SETTINGS
+        )
+
+    def _check(self) -> None:
+        """Raise `TemplateError` if the template loses text, doubles the first token or rewrites answered prompts."""
+        for (question, answer), exchange in zip(_PROBES, self.exchanges(list(_PROBES)), strict=True):
+            prompt = self._prompt(question)
+            for part in (self.system_prompt, question):
+                if part not in prompt:
+                    raise TemplateError(f"it leaves out {part!r}.")
+            if not exchange.answer:
+                raise TemplateError(f"it gives {answer!r} no token of its own.")
+            if exchange.prompt[:2] == [self.tokenizer.bos_token_id] * 2:
+                raise TemplateError(f"it begins with {self.tokenizer.bos_token!r} twice.")
+
+
+def chat_format(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> ChatFormat:
+    """How to write conversations for this tokenizer: with a system turn, or with its text in the user turn.
+
+    Templates without a system role (Gemma, Mistral 7B v0.1) raise on one or ignore it, and some (Mistral 7B v0.3, Nemo) move
+    it to the last user turn, so that it is gone once that is answered. Raises `TemplateError` if neither way works.
+    """
+    problems = []
+    for system_turn in (True, False):
+        form = ChatFormat(tokenizer, system_prompt, system_turn)
+        try:
+            form._check()
+            return form
+        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            problems.append(f"{'with' if system_turn else 'without'} a system turn {error}")
+    raise TemplateError("; ".join(problems))

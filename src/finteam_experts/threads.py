@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many cores a process uses on a CPU, and how its threads wait for one another. Import it before torch.
+
+Between two matrix products a thread that is done spins until the others are. If another program holds one of the cores, it
+spins for as long as the scheduler leaves the slowest thread waiting. OpenMP reads how long to spin when torch is imported.
+"""
+
+import math
+import os
+from pathlib import Path
+
+# Then it sleeps. As fast as the default on idle cores; with one of two cores busy a training step takes twice its time, where
+# it took five to ten times (scripts/benchmark_threads.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period
+
+
+def available_cores() -> int:
+    """The cores that this process may use: by its affinity, and by its container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or one without a quota ("max")
+        return cores
+
+
+def use_available_cores() -> None:
+    """Give this process its share of the cores, also where `accelerate launch` left it with one thread."""
+    import torch
+
+    torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
