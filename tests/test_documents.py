@@ -10,8 +10,8 @@ import yaml
 from trl import SFTConfig
 
 from conftest import REPOSITORY, load_script, shell
+from finteam_experts.arguments import BaseModelConfig, parse
 from finteam_experts.comparison import read_comparison
-from finteam_experts.training import BaseModelConfig, parse
 
 COMPARISONS = sorted((REPOSITORY / "recipes").rglob("comparison*.yaml"))
 RECIPES = sorted(
