@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets on the Hub as data: the table that says where texts, labels and questions are, and rows read by it.
+
+Every way in which a set can't be read (gated, moved, several configurations, a loading script, a Hub out of service) is an
+`InputError` with what to do about it.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from finteam_experts.errors import InputError, nearest, read_yaml
+from finteam_experts.tasks import TASKS
+
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+SHUFFLED = 10_000  # rows that wait to be drawn from, where not all of a set are taken: sets are often sorted by date
+OPTIONS = ("data_dir", "data_files", "revision")
+
+
+class Column(BaseModel):
+    """A part of a column: what the first group of a regular expression matches (dots match line breaks)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    column: str
+    pattern: str
+
+    def read(self, value: str) -> str:
+        found = re.search(self.pattern, value, flags=re.DOTALL)
+        return found[1].strip() if found else ""
+
+
+class Source(BaseModel):
+    """Where text comes from: data_sources.yaml says what each field means."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dataset: str
+    text: tuple[str | Column, ...]
+    licence: str
+    config: str | None = None
+    options: dict[str, Any] = {}
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.dataset).exists()
+
+    @property
+    def page(self) -> str:
+        return f"https://huggingface.co/datasets/{self.dataset}"
+
+    def text_of(self, row: dict[str, Any]) -> str:
+        """The text of a row, empty if it has none."""
+        return "\n\n".join(filter(None, (self.read(row, part) for part in self.text)))
+
+    def read(self, row: dict[str, Any], part: str | Column) -> str:
+        """The text of a column or of a part of it; `InputError` if there is no such column."""
+        name = part if isinstance(part, str) else part.column
+        if name not in row:
+            raise InputError(f"{self.dataset} has no column '{name}'; it has {', '.join(row)}.")
+        return _flat(row[name]) if isinstance(part, str) else part.read(_flat(row[name]))
+
+
+class TaskSource(Source):
+    label: str
+    labels: dict[str | int, str] = {}
+    question: str | Column | None = None
+
+    def label_of(self, row: dict[str, Any], names: Iterable[str]) -> str | None:
+        """The task's label of a row, by `labels` or by its name in any case; `None` if it is none of `names`."""
+        found = row.get(self.label)
+        if self.label not in row:
+            raise InputError(f"{self.dataset} has no column '{self.label}'; it has {', '.join(row)}.")
+        mapped = self.labels.get(found, self.labels.get(str(found), found))
+        return {name.lower(): name for name in names}.get(str(mapped).strip().lower())
+
+
+class Sources(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    tasks: dict[str, TaskSource] = {}
+    roles: dict[str, list[Source]] = {}
+
+    def all(self) -> list[Source]:
+        return [*self.tasks.values(), *(source for own in self.roles.values() for source in own)]
+
+
+def read_sources(path: Path) -> Sources:
+    """Read the table of sources; `InputError` for a wrong key, a wrong pattern or an unknown task or label."""
+    try:
+        sources = Sources.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}.") from None
+    for name, source in sources.tasks.items():
+        if name not in TASKS:
+            raise InputError(f"{path}: unknown task '{name}'. Known: {', '.join(TASKS)}.{nearest(name, TASKS)}")
+        for label in source.labels.values():
+            if label not in TASKS[name].labels:
+                raise InputError(
+                    f"{path}: tasks.{name}.labels: {name} has no label '{label}'.{nearest(label, TASKS[name].labels)}"
+                )
+    for source in sources.all():
+        for part in source.text:
+            try:
+                if isinstance(part, Column) and re.compile(part.pattern).groups < 1:
+                    raise InputError(
+                        f"{path}: {source.dataset}: the pattern {part.pattern!r} has no group. Put the text in ( )."
+                    )
+            except re.error as error:
+                raise InputError(f"{path}: {source.dataset}: the pattern {part.pattern!r} is none: {error}.") from None
+        for key in source.options:
+            if key not in OPTIONS:
+                advice = "Name the configuration with config." if key == "name" else f"Known: {', '.join(OPTIONS)}."
+                raise InputError(f"{path}: {source.dataset}: options can't have '{key}'. {advice}")
+    return sources
+
+
+def splits_of(source: Source, revision: str | None = None) -> list[str]:
+    """The splits of a set; `InputError` if it can't be read."""
+    options = _options(source, revision)
+    try:
+        return get_dataset_split_names(source.dataset, config_name=source.config, **options)
+    except ValueError as error:
+        if "onfig" not in str(error):
+            raise _unreadable(source, error) from None
+        names = get_dataset_config_names(source.dataset, **options)
+        raise InputError(
+            f"{source.dataset} has the configurations {', '.join(names)}; found config: {source.config}. Name one with config in "
+            "the table of sources."
+        ) from None
+    except _FAILURES as error:
+        raise _unreadable(source, error) from None
+
+
+def revision_of(source: Source) -> str | None:
+    """The commit of the set on the Hub that its revision stands for; `None` for a folder."""
+    if source.is_local:
+        return None
+    try:
+        return HfApi().dataset_info(source.dataset, revision=source.options.get("revision")).sha
+    except _FAILURES as error:
+        raise _unreadable(source, error) from None
+
+
+def rows(
+    source: Source, kind: str, max_rows: int | None, seed: int, revision: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of the split of that kind, train, valid or test, or `max_rows` of them, drawn at random.
+
+    None for a set without that split. Rows are streamed, so that `max_rows` bounds the download.
+    """
+    split = next((name for name in SPLITS[kind] if name in splits_of(source, revision)), None)
+    if split is None:
+        return
+    options = _options(source, revision)
+    try:
+        stream = load_dataset(source.dataset, source.config, split=split, streaming=True, **options)
+        if max_rows is not None:
+            stream = stream.shuffle(seed=seed, buffer_size=SHUFFLED).take(max_rows)
+        yield from stream
+    except (*_FAILURES, ValueError) as error:
+        raise _unreadable(source, error) from None
+
+
+def sample(source: Source, kind: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The first row of that split, if there is one."""
+    return (
+        next(rows(source, kind, 1, 0, revision), None)
+        if not source.is_local
+        else next(rows(source, kind, None, 0), None)
+    )
+
+
+def question_of(instruction: str, labels: Iterable[str]) -> str:
+    """The question of an instruction, without the text below it and without the request for a form of answer.
+
+    A sentence that names two of the labels, or begins like a request, asks for a form of answer.
+    """
+    asked = re.split(r"\s*\n?\b(?:Text|Context|Headline|News):", instruction, maxsplit=1)[0].strip()
+    sentences = re.split(r"(?<=[.?!])\s+", asked)
+    named = [re.compile(rf"\b{re.escape(label)}\b") for label in labels]
+
+    def is_request(sentence: str) -> bool:
+        begins = re.match(
+            r"(?:please|kindly|your (?:response|answer)|(?:only )?(?:answer|respond|reply))\b", sentence, re.IGNORECASE
+        )
+        return bool(begins) or sum(bool(label.search(sentence)) for label in named) > 1
+
+    return " ".join(sentence for sentence in sentences if not is_request(sentence)) or asked
+
+
+def draw(found: list[Any], count: int | None, seed: int) -> list[Any]:
+    """`count` of a list at random, in its order, or all of it."""
+    if count is None or count >= len(found):
+        return found
+    return [found[place] for place in sorted(random.Random(seed).sample(range(len(found)), count))]
+
+
+_FAILURES = (DatasetsError, HfHubHTTPError, ConnectionError, OSError, RuntimeError, httpx2.HTTPError)
+
+
+def _options(source: Source, revision: str | None) -> dict[str, Any]:
+    return source.options | ({"revision": revision} if revision else {})
+
+
+def _unreadable(source: Source, error: Exception) -> InputError:
+    """What is wrong with a set that can't be read, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = str(error)
+    if isinstance(error, GatedRepoError) or "gated" in text.lower() or status in (401, 403):
+        advice = f"Accept its terms at {source.page} and log in with 'hf auth login'."
+    elif isinstance(error, RuntimeError) and "script" in text:
+        advice = "It has a loading script. Read its Parquet copy: options: {revision: refs/convert/parquet}"
+    elif isinstance(error, UnicodeDecodeError) or "decode" in text:
+        advice = "Its files are not UTF-8. Convert a copy of them, and name that folder as dataset."
+    elif status and status >= 500:
+        advice = "The Hub is out of service. Run the same command again later: what is fetched stays."
+    elif isinstance(error, DatasetNotFoundError) or status == 404:
+        advice = f"If it has moved, correct its id in the table of sources; if it is gated, accept its terms at {source.page}."
+    elif isinstance(error, ConnectionError | httpx2.HTTPError):
+        advice = "The connection broke off. Run the same command again: what is fetched stays."
+    else:
+        advice = "Correct the table of sources, or leave it out with --tasks or --roles."
+    return InputError(f"{source.dataset} can't be read: {text or type(error).__name__}\n{advice}")
+
+
+def _flat(value: Any) -> str:
+    """Text of a column that may be a list of sentences, or a table as a list of rows."""
+    if isinstance(value, list):
+        return "\n".join(" | ".join(map(str, part)) if isinstance(part, list) else str(part) for part in value).strip()
+    return "" if value is None else str(value).strip()
