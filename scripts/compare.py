@@ -23,12 +23,12 @@ from transformers import AutoConfig
 
 from finteam_experts import runs
 from finteam_experts.comparison import Comparison, Contestant, read_comparison, result_file
-from finteam_experts.data import corpus_file, evenly_spread, read_corpus, task_file
-from finteam_experts.errors import InputError, nearest, run
+from finteam_experts.data import corpus_file, evenly_spread, read_corpus, task_file, tasks_of
+from finteam_experts.errors import InputError, nearest, read_json, run
 from finteam_experts.models import load_model, load_tokenizer, parameter_counts
 from finteam_experts.perplexity import heldout_loss
 from finteam_experts.starts import Starts, options_of, step
-from finteam_experts.tasks import TASKS
+from finteam_experts.tasks import TASKS, prompting
 
 
 def perplexities(comparison: Comparison, starts: Starts, names: list[str]) -> None:
@@ -169,8 +169,6 @@ def play(comparison: Comparison, starts: Starts, contestant: Contestant, seed: i
     result = {
         **contestant.model_dump(exclude={"seeds", "keep"}),
         "seed": seed,
-        "train_files": {task: runs.file_hash(task_file(starts.data, task, "train")) for task in TASKS},
-        "corpora": {role: runs.file_hash(corpus_file(starts.data, role)) for role in starts.roles},
         "parameters": parameter_counts(model),
         "tokens_before_tuning": starts.tokens(contestant.start),
         "tuning": tuning,
@@ -179,10 +177,34 @@ def play(comparison: Comparison, starts: Starts, contestant: Contestant, seed: i
         **scored,
     }
     path = result_file(comparison, contestant, seed)
+    result |= {key: value for key, value in made_from(comparison, starts, contestant).items() if key not in result}
     runs.write_json(path, result)
     print(f"Written to {path}")
     if contestant.recipe and not contestant.keep:
         shutil.rmtree(model)
+
+
+def made_from(comparison: Comparison, starts: Starts, contestant: Contestant) -> dict[str, Any]:
+    """What a contestant's results follow from, for its result file."""
+    team = comparison.teams.get(contestant.start.split("/")[0])
+    return {
+        **contestant.model_dump(exclude={"name", "title", "seeds", "keep"}),
+        "recipe_file": contestant.recipe and runs.file_hash(Path(contestant.recipe)),
+        "expert_recipe_file": team and runs.file_hash(comparison.expert_recipe),
+        "team": team and team.model_dump(),
+        "common_overrides": comparison.overrides,
+        "asked": prompting(),
+        "train_files": {task: runs.file_hash(task_file(starts.data, task, "train")) for task in tasks_of(starts.data)},
+        "corpora": {role: runs.file_hash(corpus_file(starts.data, role)) for role in starts.roles},
+    }
+
+
+def check_result(path: Path, now: dict[str, Any]) -> None:
+    """Raise `InputError` if a result file was made from something else, as far as it says."""
+    recorded = read_json(path)
+    known = {key: recorded[key] for key in now if key in recorded}
+    advice = "Delete it to make it anew, or undo the change."
+    runs.check_same_inputs(path, known, {key: now[key] for key in known}, advice)
 
 
 def main() -> None:
@@ -208,6 +230,7 @@ def main() -> None:
             if args.seeds and seed not in args.seeds:
                 continue
             if (done := result_file(comparison, contestant, seed)).exists():
+                check_result(done, made_from(comparison, starts, contestant))
                 print(f"{done} is there: skipped")
             else:
                 play(comparison, starts, contestant, seed)

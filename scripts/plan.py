@@ -14,18 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
 
-from finteam_experts import planning, runs
+from finteam_experts import models, planning, runs
 from finteam_experts.data import row_limits
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, read_yaml, run
 from finteam_experts.merge_config import MERGE_FILE, read_merge_config, roles, trained_roles
 from finteam_experts.planning import Devices, Shape, Training
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class Step(NamedTuple):
@@ -36,14 +37,21 @@ class Step(NamedTuple):
 
 
 def read_config(base: str) -> PretrainedConfig:
+    """The config of a base that the road can be taken with; `InputError` says why one can't be."""
+    if Path(base).is_dir():
+        config = models.read_config(Path(base))
+        models.check_config(config, base)
+        return config
     try:
-        return AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base)
     except GatedRepoError:
         raise InputError(
             f"{base} is gated: accept its licence at https://huggingface.co/{base}, then `hf auth login`."
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(f"--base {base}: no config could be read: {error}") from None
+    models.check_config(config, base)
+    return config
 
 
 def lora_of(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +63,7 @@ def lora_of(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def training_of(path: Path, devices: int, *, sharded: bool, row_tokens: int, label_tokens: int, rows: int) -> Training:
     """A recipe's settings as a plan needs them."""
-    recipe = {field.name: field.default for field in dataclasses.fields(SFTConfig)} | yaml.safe_load(path.read_text())
+    recipe = {field.name: field.default for field in dataclasses.fields(SFTConfig)} | read_yaml(path)
     batch = recipe["per_device_train_batch_size"]
     accumulation = recipe["gradient_accumulation_steps"]
     if rows_per_step := recipe.get("rows_per_step"):
@@ -113,7 +121,7 @@ def disk(dense: Shape, moe: Shape, expert: Shape, names: list[str]) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", type=Path, default=Path("recipes/llama3-8b"), help="folder of the three recipes")
+    parser.add_argument("--recipes", type=Path, default=RECIPES / "llama3-8b", help="folder of the three recipes")
     parser.add_argument("--base", required=True, help="dense base: Hub id or folder; its config alone is read")
     parser.add_argument("--merge_config", type=Path, default=MERGE_FILE, help="the team")
     parser.add_argument("--gpus", type=int, default=1, help="devices of all machines together")
@@ -133,6 +141,11 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=Path("outputs"), help="where the run will lie: is there room?")
     args = parser.parse_args()
 
+    for name in ("gpus", "rows", "row_tokens", "label_tokens", "memory", "tflops", "utilisation"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} {getattr(args, name):g}: give a number above 0.")
+    if not args.recipes.is_dir():
+        raise InputError(f"--recipes {args.recipes}: no such folder. {RECIPES} has some.")
     args.sharded = args.sharded and args.gpus > 1
     devices = Devices(args.gpus, args.memory, args.tflops, args.utilisation, "cpu" if args.cpu else "gpu")
     steps = steps_of(args, read_config(args.base))

@@ -284,5 +284,5 @@ def test_a_set_that_cannot_be_read_says_what_to_do(monkeypatch, error, advice):
         raise error
 
     monkeypatch.setattr("finteam_experts.hub_sets.get_dataset_split_names", fail)
-    with pytest.raises(InputError, match=rf"owner/name can't be read: .*\n{advice}"):
+    with pytest.raises(InputError, match=rf"owner/name can't be read: .*\n.*{advice}"):
         splits_of(Source(dataset="owner/name", text=["text"], licence="MIT"))

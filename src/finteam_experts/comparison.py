@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finteam_experts.errors import InputError
+from finteam_experts.errors import InputError, read_yaml
 
 
 class _Strict(BaseModel):
@@ -56,18 +55,21 @@ class Comparison(_Strict):
 
 def read_comparison(path: Path) -> Comparison:
     """Read a comparison's YAML strictly; an `InputError` names file and key."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file. recipes/smollm2-135m/comparison.yaml is one.")
     try:
-        comparison = Comparison.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
+        comparison = Comparison.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(
             f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}."
         ) from None
-    names = [contestant.name for contestant in (*comparison.contestants, *comparison.levers)]
+    everybody = (*comparison.contestants, *comparison.levers)
+    used = [comparison.accelerate_config, comparison.expert_recipe, *(Path(c.recipe) for c in everybody if c.recipe)]
+    for file in used:
+        if not file.is_file():
+            raise InputError(
+                f"{path} names {file}, which is not here ({Path.cwd()}). Run it from the repository's root."
+            )
+    names = [contestant.name for contestant in everybody]
     if doubles := {name for name in names if names.count(name) > 1}:
         raise InputError(f"{path}: two contestants are called '{doubles.pop()}'. Rename one.")
     for name in (comparison.team, *comparison.baselines):
