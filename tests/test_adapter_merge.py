@@ -2,6 +2,7 @@
 """Merging layer by layer: the weights that PEFT's merge of the whole model has, in shards, resumed where it was cut off."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_a_merge_that_was_cut_off_keeps_its_shards(adapted, tmp_path, monkeypatc
     monkeypatch.setattr(adapter_merge, "_one_layer", cut_off_at_layer_1)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(folder, adapter, target)
-    kept = {path: path.stat().st_mtime_ns for path in weight_files(target)}
+    kept = {path: path.stat().st_mtime_ns for path in target.glob("model-*.safetensors")}
     assert kept
     assert not (target / "config.json").exists()
 
@@ -113,11 +114,37 @@ def test_a_merge_that_was_cut_off_keeps_its_shards(adapted, tmp_path, monkeypatc
     merge_adapter(folder, adapter, target)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert not (target / "merging").exists()
     assert set(index["weight_map"].values()) == {path.name for path in weight_files(target)}
     assert len(weight_files(target)) > len(kept)
     assert not list(target.glob("*.partial"))
     with torch.no_grad():
         torch.testing.assert_close(load_model(target)(TOKENS).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_shards_of_another_adapter_are_not_kept(adapted, tmp_path, monkeypatch):
+    """A training that went on, or was repeated, after its merge was cut off."""
+    folder, adapter, logits = adapted("base", target_modules=MLP)
+    target, real = tmp_path / "merged", adapter_merge._one_layer
+    monkeypatch.setattr(adapter_merge, "ShardWriter", lambda *args: ShardWriter(*args, shard_bytes=40_000))
+    other = shutil.copytree(adapter, tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, other / "adapter_model.safetensors")
+    layers = []
+
+    def cut_off_at_layer_1(config, weights):
+        if layers:
+            raise KeyboardInterrupt
+        layers.append(0)
+        return real(config, weights)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter_merge, "_one_layer", cut_off_at_layer_1)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapter(folder, other, target)
+    merge_adapter(folder, adapter, target)
+    with torch.no_grad():
+        assert torch.allclose(load_model(target)(TOKENS).logits, logits, atol=1e-4)
 
 
 def test_an_adapter_of_the_head_is_refused(adapted, tmp_path):
@@ -132,7 +159,7 @@ def test_an_adapter_that_is_not_finite_is_refused(adapted, tmp_path):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
     model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight.data[0, 0] = float("nan")
     model.save_pretrained(adapter)
-    with pytest.raises(InputError, match="layer 1 with the adapter and merged differ"):
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj.lora_B.weight is not finite: its training diverged"):
         merge_adapter(folder, adapter, tmp_path / "merged")
 
 

@@ -126,11 +126,21 @@ def test_expert_of_two_processes_equals_that_of_one(new_run, tmp_path):
 
 @pytest.mark.parametrize("what", ["moe", "dense"])
 def test_model_tuned_by_two_processes_equals_that_of_one(copied_run, tmp_path, what):
-    target = f"{what}-instruct"
+    target = f"{what}-instruct"  # without the auxiliary loss: it is a mean of each process's own tokens
     shutil.rmtree(copied_run / target)
     other = shutil.copytree(copied_run, tmp_path / "other")
-    instruct_tune(copied_run, what, *FAST, "--rows_per_step", 4, "--per_device_train_batch_size", 4)
-    ended = launch(2, "instruct_tune.py", f"instruct_tune_{what}", "--run_dir", other, "--rows_per_step", 4,
+    instruct_tune(
+        copied_run,
+        what,
+        *FAST,
+        "--router_aux_loss_coef",
+        "0",
+        "--rows_per_step",
+        4,
+        "--per_device_train_batch_size",
+        4,
+    )
+    ended = launch(2, "instruct_tune.py", f"instruct_tune_{what}", "--run_dir", other, "--router_aux_loss_coef", "0", "--rows_per_step", 4,
                    "--per_device_train_batch_size", 2)  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     start = "moe" if what == "moe" else "base"
@@ -147,6 +157,8 @@ def test_team_in_pieces_on_two_processes_equals_that_of_one(copied_run, tmp_path
     shutil.rmtree(copied_run / "moe-instruct")
     other = shutil.copytree(copied_run, tmp_path / "other")
     common = (
+        "--router_aux_loss_coef",
+        0,  # it is a mean of each process's tokens, so no two numbers of processes have the same
         "--rows_per_step",
         4,
         "--lora_modules_to_save",

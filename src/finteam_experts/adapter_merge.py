@@ -45,7 +45,6 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
     config, dtype = read_config(model_folder), stored_dtype(model_folder)
     config.dtype = dtype
     adapter_file = adapter_folder / ADAPTER_FILE
-    _forget_another(target, runs.file_hash(adapter_file))
     adapter_config = PeftConfig.from_pretrained(adapter_folder)
     adapter_config.layers_to_transform = (
         None  # each is layer 0 of its model; the adapter has no tensors for the others
@@ -66,6 +65,7 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
             layer: released_tensors({name: stored.meta(name, dtype) for name in names})
             for layer, names in parts.items()
         }
+        _forget_another(target, runs.file_hash(adapter_file))
         writer = ShardWriter(target, {name: meta for layout in layouts.values() for name, meta in layout.items()})
         for layer, names in tqdm(parts.items(), desc=f"merging {adapter_folder.name}", leave=False):
             if not any(map(writer.missing, layouts[layer])):

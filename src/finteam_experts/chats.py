@@ -8,22 +8,22 @@ nothing of the package.
 
 import datetime
 from dataclasses import dataclass
-from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 Turns = list[dict[str, str]]  # {"role": "user" or "assistant", "content": text}
 
+# What templates let their caller decide: reasoning is off, under each of its names, and the date is a fixed one, or a model
+# would be scored on another prompt than it was trained on the day before.
 _DATE = datetime.datetime(2024, 7, 26)
-# What templates let their caller decide. Reasoning is off under each of its names. Templates that print today's date (Llama 3,
-# SmolLM3) get a fixed one, or a model would be scored on another prompt than it was trained on the day before.
-TEMPLATE_SETTINGS: dict[str, Any] = {
-    "enable_thinking": False,
-    "thinking": False,
-    "date_string": _DATE.strftime("%d %b %Y"),
-    "strftime_now": _DATE.strftime,
-}
+TEMPLATE_SETTINGS = {"enable_thinking": False, "thinking": False, "date_string": _DATE.strftime("%d %b %Y")}
+# Templates that ask for the date themselves get the same one from a macro of that function's name.
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in ("-d", *"dmbByYAaHMSjp"))
+    + " }}{%- endmacro -%}"
+)
 _PROBES = (("What moves bond yields?", "positive"), ("Sales rose.\n\nIs that good? Answer No or Yes.", "No"))
 
 
@@ -54,6 +54,7 @@ class ChatFormat:
     """How a tokenizer's chat template writes conversations below one system prompt."""
 
     tokenizer: PreTrainedTokenizerBase
+    template: str
     system_prompt: str
     system_turn: bool  # False: the system prompt opens the first user turn
 
@@ -105,7 +106,11 @@ class ChatFormat:
 
     def _render(self, messages: Turns, *, add_generation_prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_SETTINGS
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **TEMPLATE_SETTINGS,
         )
 
     def _check(self) -> None:
@@ -129,10 +134,12 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> ChatF
     """
     problems = []
     for system_turn in (True, False):
-        form = ChatFormat(tokenizer, system_prompt, system_turn)
         try:
+            template = tokenizer.get_chat_template()
+            template = _FIXED_DATE + template if "strftime_now" in template else template
+            form = ChatFormat(tokenizer, template, system_prompt, system_turn)
             form._check()
             return form
         except (ValueError, TypeError, jinja2.TemplateError) as error:
-            problems.append(f"{'with' if system_turn else 'without'} a system turn {error}")
-    raise TemplateError("; ".join(problems))
+            problems.append(f"{'with' if system_turn else 'without'} a system turn: {str(error).rstrip('.')}")
+    raise TemplateError("; ".join(problems) + ".")

@@ -119,12 +119,14 @@ def row_limits(per_task: int | None, of_task: dict[str, int] | None) -> dict[str
     for name in own:
         if name not in TASKS:
             raise InputError(f"rows_of_task: unknown task '{name}'.{nearest(str(name), TASKS)}")
-    for name, limit in {
-        "rows_per_task": per_task,
-        **{f"rows_of_task, {task}": limit for task, limit in own.items()},
-    }.items():
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise InputError(f"{name} is {limit!r}; it must be a whole number above 0, or be left out for all rows.")
+    for name, limit, least in (
+        ("rows_per_task", per_task, 1),
+        *((f"rows_of_task, {task}", own[task], 0) for task in own),
+    ):
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < least):
+            raise InputError(
+                f"{name} is {limit!r}; it must be a whole number from {least}, or be left out for all rows."
+            )
     return {name: own.get(name, per_task) for name in TASKS}
 
 
@@ -143,6 +145,8 @@ def tuning_rows(
             own = [row for row in own if not held_out(data_dir, task, row)]
         rng.shuffle(own)
         rows += [(task, row) for row in own[: limits.get(task)]]
+    if not rows:
+        raise InputError("rows_of_task leaves no row to tune on. Give at least one task some.")
     rng.shuffle(rows)
     return rows
 
