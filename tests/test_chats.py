@@ -15,7 +15,7 @@ from finteam_experts.chats import TEMPLATE_SETTINGS, ChatFormat, chat_format
 from finteam_experts.data import task_file, write_rows
 from finteam_experts.errors import InputError
 from finteam_experts.models import load_model, load_tokenizer, read_config
-from finteam_experts.scoring import LabelScoringLM, greedy_answers
+from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
 from finteam_experts.tasks import SYSTEM_PROMPT, TASKS, render
 from templates import BROKEN, SYSTEM_TURN, TEMPLATES
 
@@ -166,7 +166,8 @@ def test_label_scores_and_written_answers_of_a_tuned_model_agree(new_run, name):
     folder = new_run / "dense-instruct"
     form, model = form_of(folder), load_model(folder)
     prompts = render(TASKS["headlines"], rows, form.tokenizer)
-    assert greedy_answers(model, form, prompts) == [row["label"] for row in rows]
+    written = [first_label(answer, ("No", "Yes")) for answer in greedy_answers(model, form, prompts)]
+    assert written == [row["label"] for row in rows]
     lm = LabelScoringLM(pretrained=model, form=form)
     for prompt, row in zip(prompts, rows, strict=True):
         requests = [Instance("loglikelihood", {}, (prompt, label), 0, ("", 0, 1)) for label in ("No", "Yes")]

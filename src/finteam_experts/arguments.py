@@ -66,11 +66,12 @@ class BaseModelConfig(ModelConfig):
         metadata={"aliases": ["--base"], "help": "Dense base: Hub id or folder. Defaults to RUN_DIR/base."},
     )
 
-    @property
-    def target_modules(self) -> list[str]:
-        """The modules that get a LoRA. TRL's own field is a string where there is one."""
-        targets = self.lora_target_modules or []
-        return [targets] if isinstance(targets, str) else list(targets)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(
+            self.lora_target_modules, str
+        ):  # TRL takes a list of one apart, and PEFT reads a string as a pattern
+            self.lora_target_modules = [self.lora_target_modules]
 
 
 def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
@@ -108,6 +109,8 @@ def _check_recipe(path: Path, argument_classes: tuple[type, ...], known: Collect
         key = "model_name_or_path" if key == "base" else key
         if key not in fields or value is None or value == fields[key].default:
             continue
+        if isinstance(value, str) and types[key] == list[str] | None:
+            value = [value]
         choices = fields[key].metadata.get("choices")
         if choices and value not in choices:
             raise InputError(
@@ -143,11 +146,13 @@ def check_lora(
     With `allowed` it may be on modules of these names alone. All else in the decoder layers can be merged, and an MoE's
     router trained in full.
     """
-    targets = model_args.target_modules
+    targets = model_args.lora_target_modules or []
     if not model_args.use_peft or not (targets or model_args.lora_target_parameters):
         raise InputError(
             "use_peft is false or lora_target_modules is empty. These recipes train a LoRA: name its modules."
         )
+    if "all-linear" in targets:
+        raise InputError("lora_target_modules is all-linear, which takes in an MoE's router too. Name the modules.")
     if allowed is not None and (not set(targets) <= set(allowed) or model_args.lora_target_parameters):
         raise InputError(
             f"lora_target_modules is {', '.join(targets)}{' with lora_target_parameters' * bool(model_args.lora_target_parameters)}. "

@@ -55,16 +55,30 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML of which a key can't be there twice: PyYAML would take the last one and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                problem = f"the key '{key.value}' is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; an `InputError` names file and line where it is no such file."""
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.load(read_text(path), Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         hint = " YAML is indented with spaces, not tabs." if "\\t" in problem else ""
-        raise InputError(f"{path}{where}: not YAML: {problem}.{hint}") from None
+        what = problem if isinstance(error, yaml.constructor.ConstructorError) else f"not YAML: {problem}"
+        raise InputError(f"{path}{where}: {what}.{hint}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}.")
     return content

@@ -73,7 +73,7 @@ def train_lora(
             "load_in_4bit or load_in_8bit: transformers keeps an MoE's experts in fused tensors, which are not quantised. "
             "Leave it out, and cut the model over several GPUs with recipes/accelerate/fsdp2.yaml."
         )
-    if adapts_split_experts(config, model_args.target_modules):
+    if adapts_split_experts(config, model_args.lora_target_modules):
         model = AutoModelForCausalLM.from_pretrained(model_folder, **training_args.model_init_kwargs)
         split_experts(model, at_once=experts_at_once)
         training_args.model_init_kwargs = None  # they are for a model that the trainer loads
