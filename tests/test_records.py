@@ -43,7 +43,7 @@ def edit_tokenizer(run_dir):
 
 
 def edit_template(run_dir):
-    edit(run_dir / "base/chat_template.jinja", "assistant\n", "assistant:\n")
+    edit(run_dir / "base/chat_template.jinja", "<|im_start|>", "<|endoftext|>")
 
 
 def edit_last_rows(run_dir):
