@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo, started as a user starts it: over its API, and what it does with bad input."""
 
+import importlib
 import re
+import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from conftest import chat
+from conftest import REPOSITORY, chat
 from finteam_experts.models import load_model, load_tokenizer
 from finteam_experts.routing import mixing_weights
 from finteam_experts.tasks import TASKS, render
@@ -141,3 +143,25 @@ def test_no_file_of_the_machine_can_be_read(space_address, path):
 
 def test_page_says_that_it_is_no_advice(space_address):
     assert "financial advice" in urllib.request.urlopen(space_address).read().decode()
+
+
+@pytest.fixture
+def team_here(done_run, monkeypatch):
+    """The Space's model in this process."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "space"))
+    return importlib.import_module("team").Team(str(done_run / "moe-instruct"))
+
+
+def test_a_visitor_who_leaves_stops_the_model_and_frees_its_gates(team_here, monkeypatch):
+    """The next visitor's answer is the team's own, not one forced through the analyst that the first one asked."""
+    question = "Why do prices rise?"
+    *_, expected = team_here.stream(question)
+    monkeypatch.setattr("team.MAX_NEW_TOKENS", 100_000)  # an answer that would not end
+    leaving = team_here.stream(question, analyst=1)
+    next(leaving)
+    leaving.close()
+    assert not any(gate._forward_hooks for gate in (layer.mlp.gate for layer in team_here.model.model.layers))
+    assert not [thread for thread in threading.enumerate() if "generate" in thread.name]
+    monkeypatch.setattr("team.MAX_NEW_TOKENS", 160)
+    *_, after = team_here.stream(question)
+    assert after == expected
