@@ -258,3 +258,11 @@ def test_the_router_of_a_tuned_team_is_replaced_in_place(copied_run, monkeypatch
 
 def _interrupt(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_step_that_is_killed_ends_as_if_it_had_not_been(done_run):
+    drill = [sys.executable, REPOSITORY / "tests/kill_drill.py", done_run, "--kills", "4"]
+    ended = subprocess.run(drill, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("4 ended as if not killed") == 8
