@@ -123,6 +123,7 @@ def main() -> None:
         "role": role,
         "base": fingerprint(base) if role == SHARED else fingerprint(base, PLAIN_TEXT_PARTS),
         "corpus": corpus,
+        "heldout": {name: runs.file_hash(corpus_file(data, name, heldout=True)) for name in corpora},
         "settings": settings(script_args, training_args, model_args),
     }
     work = begin_on_all(target, "train_expert", inputs)

@@ -25,6 +25,7 @@ from chats import ChatFormat, chat_format
 from prompts import task_prompt
 
 MAX_NEW_TOKENS = 160
+LONGEST_TEXT = 256  # tokens of a passage, for a model whose tasks do not say
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -178,7 +179,9 @@ class Team:
     def classify(self, task: str, text: str) -> dict[str, float]:
         """The probability of each label of a task, among its labels, in the words that the model was tuned on."""
         about = self.tasks[task]
-        prompt, _ = task_prompt(text, about["question"], about["labels"], about["max_text_tokens"], self.tokenizer)
+        prompt, _ = task_prompt(
+            text, about["question"], about["labels"], about.get("max_text_tokens", LONGEST_TEXT), self.tokenizer
+        )
         exchanges = self.form.exchanges([(prompt, label) for label in about["labels"]])
         start = len(exchanges[0].prompt)
         ends = [torch.tensor(exchange.answer) for exchange in exchanges]

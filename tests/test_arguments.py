@@ -91,6 +91,7 @@ RECIPES = {
     "lora_r: [16]": r"lora_r is \[16\]",
     "bf16: maybe": "bf16 is 'maybe'",
     "learning_rat: 1.0e-3": "unknown key 'learning_rat'. Did you mean 'learning_rate'",
+    "base: outputs/other": "unknown key 'base'. Did you mean 'model_name_or_path'",
     "lora_r:\t16": "line 1: not YAML",
     "a: b: c": "line 1: not YAML",
     "- 1": "expected a mapping",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import REPOSITORY, call, fit_router, instruct_tune, train_expert
 from finteam_experts import runs, tasks
 from finteam_experts.arguments import BaseModelConfig, settings
-from finteam_experts.data import task_file
+from finteam_experts.data import corpus_file, task_file
 from finteam_experts.errors import InputError, NotFiniteError
 from finteam_experts.models import PARTS, fingerprint
 
@@ -129,6 +129,13 @@ def test_the_split_that_is_scored_is_recorded(copied_run):
     task_file(copied_run / "data", "fpb", "valid").unlink()
     with pytest.raises(InputError, match="tasks.fpb: recorded"):
         evaluate(copied_run, *valid)
+
+
+def test_the_passages_of_the_perplexity_are_recorded(copied_run):
+    with corpus_file(copied_run / "data", "macro", heldout=True).open("a") as file:
+        file.write('{"text": "Rates rose by a quarter of a point."}\n')
+    with pytest.raises(InputError, match="heldout.macro: recorded"):
+        train_expert(copied_run, "macro")
 
 
 def test_all_of_the_merge_file_is_recorded(copied_run, tmp_path):

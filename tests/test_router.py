@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
@@ -230,6 +231,15 @@ def test_bad_input_leaves_the_moe_as_it_was(merged, damage, message):
     with pytest.raises(InputError, match=message):
         fit_router(merged)
     assert folder_hash(merged) == before
+
+
+def test_the_tokens_that_were_read_are_named(merged, capsys):
+    """Not those that were asked for: the corpora hold no more."""
+    call("scripts/fit_router.py", "--run_dir", merged, "--tokens_per_role", 100_000, "--scale", 4)
+    printed = capsys.readouterr().out
+    read = {role: int(re.search(rf"(\d+) tokens of {role}", printed)[1]) for role in ROLES}
+    assert all(1000 < tokens < 20_000 for tokens in read.values())
+    assert "The data hold no more than that of macro, micro, quant: --tokens_per_role asked for 100000" in printed
 
 
 def test_too_few_tokens_are_refused(merged):

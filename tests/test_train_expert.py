@@ -19,6 +19,7 @@ from finteam_experts.data import read_corpus
 from finteam_experts.errors import InputError
 from finteam_experts.models import MLP_MODULES
 from finteam_experts.runs import read_record, work_folder
+from finteam_experts.streams import stream_corpus
 
 RECIPE = "recipes/sample/train_expert.yaml"
 
@@ -51,6 +52,20 @@ def test_complete_step_is_skipped_and_another_configuration_refused(copied_run, 
         file.write('{"text": "Rates rose."}\n')
     with pytest.raises(InputError, match="corpus: recorded"):
         train_expert(copied_run, "macro")
+
+
+def test_a_stream_is_shuffled_and_shared_by_its_files(new_run, tmp_path):
+    for part in range(3):
+        texts = [f"Passage {part} {n} of a corpus that is sorted by date." for n in range(40)]
+        Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"part-{part}.parquet")
+    held = {"passage05ofacorpusthatissortedbydate"}
+    stream = stream_corpus(f"{tmp_path}/part-*.parquet", "text", 0, lambda key: "a test row" if key in held else None)
+    texts = [row["text"] for row in stream]
+    assert stream.num_shards == 3  # each process can read files of its own
+    assert len(texts) == len(set(texts)) == 119  # all but the one that holds a test row
+    assert texts != sorted(texts)
+    assert texts == [row["text"] for row in stream]
+    assert texts != [row["text"] for row in stream_corpus(f"{tmp_path}/part-*.parquet", "text", 1, lambda key: None)]
 
 
 def test_a_corpus_may_be_streamed_from_files_with_another_column(new_run, tmp_path):

@@ -20,7 +20,7 @@ _NOT_INPUTS = (
     "output_dir", "run_dir", "data_dir", "merge_config", "model_name_or_path", "use_cpu", "disable_tqdm", "report_to",
     "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
-    "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "heldout_passages", "accelerator_config", "debug",
+    "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "accelerator_config", "debug",
     "role", "corpus", "routing_", "activation_checkpointing", "gradient_checkpointing",
 )  # fmt: skip
 
@@ -104,10 +104,10 @@ def _check_recipe(path: Path, argument_classes: tuple[type, ...], known: Collect
     types = {name: hint for cls in argument_classes for name, hint in get_type_hints(cls).items()}
     fields = {f.name: f for cls in argument_classes for f in dataclasses.fields(cls)}
     for key, value in read_yaml(path).items():
-        if key not in known:
-            raise InputError(f"{path}: unknown key '{key}'.{nearest(str(key), known)}")
-        key = "model_name_or_path" if key == "base" else key
-        if key not in fields or value is None or value == fields[key].default:
+        if key not in fields:
+            hint = " Did you mean 'model_name_or_path'?" if key == "base" else nearest(str(key), known)
+            raise InputError(f"{path}: unknown key '{key}'.{hint}")
+        if value is None or value == fields[key].default:
             continue
         if isinstance(value, str) and types[key] == list[str] | None:
             value = [value]

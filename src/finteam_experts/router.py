@@ -7,6 +7,7 @@ Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816), which trains it; ga
 (Goddard et al. 2024, arXiv 2403.13257); the mixture is Mixtral's (Jiang et al. 2024, arXiv 2401.04088).
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finteam_experts.batches import padded_batches
-from finteam_experts.errors import InputError
+from finteam_experts.errors import InputError, NotFiniteError
 from finteam_experts.gates import forced_experts, gate_modules, set_gates, watched_gates
 from finteam_experts.routing import measure_routing
 
@@ -137,6 +138,8 @@ def fit(
     def loss_at(scale: float) -> float:
         set_gates(model, scale * gates)
         loss = sum(measure_routing(model, tokenizer, held_back).loss()) / len(held_back)
+        if not math.isfinite(loss):
+            raise NotFiniteError("the loss of the held-back text is not finite: look at the experts' training logs.")
         print(f"gate scale {scale:g}: {loss:.4f} nats a token of the held-back text, mean over roles")
         return loss
 
