@@ -155,12 +155,14 @@ def team_here(done_run, monkeypatch):
 def test_a_visitor_who_leaves_stops_the_model_and_frees_its_gates(team_here, monkeypatch):
     """The next visitor's answer is the team's own, not one forced through the analyst that the first one asked."""
     question = "Why do prices rise?"
+    gates = [layer.mlp.gate for layer in team_here.model.model.layers]
     *_, expected = team_here.stream(question)
+    before = [list(gate._forward_hooks) for gate in gates]  # transformers has some of its own
     monkeypatch.setattr("team.MAX_NEW_TOKENS", 100_000)  # an answer that would not end
     leaving = team_here.stream(question, analyst=1)
     next(leaving)
     leaving.close()
-    assert not any(gate._forward_hooks for gate in (layer.mlp.gate for layer in team_here.model.model.layers))
+    assert [list(gate._forward_hooks) for gate in gates] == before
     assert not [thread for thread in threading.enumerate() if "generate" in thread.name]
     monkeypatch.setattr("team.MAX_NEW_TOKENS", 160)
     *_, after = team_here.stream(question)

@@ -5,7 +5,6 @@ Every way in which a set can't be read (gated, moved, several configurations, a 
 `InputError` with what to do about it.
 """
 
-import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -194,13 +193,6 @@ def question_of(instruction: str, labels: Iterable[str]) -> str:
         return bool(begins) or sum(bool(label.search(sentence)) for label in named) > 1
 
     return " ".join(sentence for sentence in sentences if not is_request(sentence)) or asked
-
-
-def draw(found: list[Any], count: int | None, seed: int) -> list[Any]:
-    """`count` of a list at random, in its order, or all of it."""
-    if count is None or count >= len(found):
-        return found
-    return [found[place] for place in sorted(random.Random(seed).sample(range(len(found)), count))]
 
 
 _FAILURES = (DatasetsError, HfHubHTTPError, ConnectionError, OSError, RuntimeError, httpx2.HTTPError)

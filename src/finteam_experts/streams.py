@@ -50,7 +50,7 @@ def stream_corpus(files: str, column: str, seed: int, holds_test_text: Callable[
         raise
     except (DatasetsError, FileNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(f"corpus {files}: can't be read: {error}") from None
-    return texts.shuffle(seed=seed, buffer_size=SHUFFLED)
+    return texts.shuffle(seed=seed, buffer_size=SHUFFLED, max_buffer_input_shards=1)  # one file after the other
 
 
 def describe(files: str, column: str) -> dict[str, Any]:
