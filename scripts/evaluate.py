@@ -185,13 +185,17 @@ def print_table(report: dict[str, Any]) -> None:
         cells = [f"{task} {d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for task, d in part.items()]
         print(f"{name}, main scores with 95 % intervals: {'; '.join(cells)}")
     for name, part in report["models"].items():
-        for task, result in part["tasks"].items():
-            if (written := result["generated"])["unlike_scores"]:
-                print(
-                    f"Note: {name}, {task}: {result['accuracy']:.3f} right by label scores, and {written['accuracy']:.3f} in the "
-                    f"model's own words ({written['without_label']} of {result['n']} answers hold no label). One of them misleads: "
-                    "for a model that was not tuned, its words; for a tuned one, look at its chat template"
-                )
+        unlike = [
+            f"{task} {result['accuracy']:.3f} and {result['generated']['accuracy']:.3f} "
+            f"({result['generated']['without_label']} of {result['n']} answers without a label)"
+            for task, result in part["tasks"].items()
+            if result["generated"]["unlike_scores"]
+        ]
+        if unlike:
+            print(
+                f"Note: {name} is right by label scores and in its own words unlike each other: {'; '.join(unlike)}. A model that was "
+                "not tuned may not know that it is to write a label; for a tuned one, look at its chat template"
+            )
     for task, counts in report["rows"].items():
         if any(counts.values()):
             print(

@@ -149,7 +149,6 @@ def main() -> None:
     form = as_chats(tokenizer, moe)
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
     own_tasks = [TASKS[name] for name in tasks_of(data) if TASKS[name].role in names]
-    # its own gates apart, the model is what the merge's or the tuning's record says
     inputs = {
         "model": fingerprint(moe, PARTS[1:]),
         "corpora": {name: runs.file_hash(corpus_file(data, name)) for name in names},
@@ -161,9 +160,10 @@ def main() -> None:
     }
     fitted = record.get("router", {}).get("kind") == "fitted" and not runs.is_unfinished(record)
     if fitted and not args.overwrite:
-        runs.check_same_inputs(
-            f"{moe}'s router", record["router"]["inputs"], inputs, "pass --overwrite to fit it anew"
-        )
+        advice = "pass --overwrite to fit it anew"
+        weights = {"weights": record["router"].get("weights")}
+        runs.check_same_inputs(f"{moe}'s router", weights, fingerprint(moe, ("weights",)), advice)
+        runs.check_same_inputs(f"{moe}'s router", record["router"]["inputs"], inputs, advice)
         print(f"{moe} has its fitted router: skipped")
         return
 
@@ -179,6 +179,7 @@ def main() -> None:
         write_gates(moe, gates)
         if merged:  # beside those it was merged with
             save_file({"gates": gates}, moe / GATES / "fitted.safetensors")
+        record["router"] |= fingerprint(moe, ("weights",))  # of the model with these gates
     read = {name: sum(map(len, own)) for name, (own, _) in zip(names, text, strict=True)}
     print(
         f"{moe}: router fitted on {', '.join(f'{n} tokens of {name}' for name, n in read.items())}; scale {results['scale']:g}"

@@ -24,6 +24,7 @@ from finteam_experts.gates import read_gates
 from finteam_experts.models import fingerprint, is_model, stored_dtype
 from finteam_experts.release import finish_release, released_tensors
 from finteam_experts.shards import ShardWriter, StoredTensors, weight_files
+from finteam_experts.tasks import SYSTEM_PROMPT, prompting, task_cards
 
 Parts = dict[str, torch.Tensor]  # by name
 
@@ -76,6 +77,7 @@ def main() -> None:
     inputs = {
         "experts": {name: fingerprint(folder) for name, folder in zip(names, folders, strict=True)},
         "router": None if args.average else fingerprint(moe),
+        "asked": prompting(),
     }
     work = runs.begin(target, "join_experts", inputs)
     if work is None:
@@ -109,7 +111,7 @@ def main() -> None:
                     writer.write(name, tensor)
         writer.finish()
     finish_release(AutoConfig.from_pretrained(like), like, work)
-    about = {key: record[key] for key in ("system_prompt", "tasks") if key in record}
+    about = {"system_prompt": SYSTEM_PROMPT, "tasks": task_cards()}
     runs.finish(target, about if args.average else about | {"team": record["team"]})
     print(
         f"{target}: {len(names)} experts, "

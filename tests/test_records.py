@@ -93,6 +93,8 @@ def test_a_changed_expert_of_a_team_is_noticed(copied_run):
     assert {part for part in PARTS if now[part] != before[part]} == {"weights"}
     with pytest.raises(InputError, match="model.weights: recorded"):
         instruct_tune(copied_run, "moe")
+    with pytest.raises(InputError, match="moe's router was made with other inputs:\n  weights: recorded"):
+        fit_router(copied_run)
 
 
 @pytest.fixture
