@@ -60,7 +60,7 @@ def test_prompt_answer_and_end(with_template, name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_data, name):
+def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_data, monkeypatch, name):
     """The rows that the recipe trains on, the requests that the evaluation scores, and the prompts that are answered."""
     folder = with_template(TEMPLATES[name])
     form = form_of(folder)
@@ -68,7 +68,8 @@ def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_dat
     args = SFTConfig(output_dir="x", use_cpu=True, bf16=False, report_to="none", max_length=None)
     rows = script.tuning_dataset(toy_data, form, args, script.TuneArguments(rows_per_task=2), [], read_config(folder))
     assert len(rows) == 8
-    lm = LabelScoringLM(pretrained=AutoModelForCausalLM.from_pretrained(folder), form=form)
+    lm, scored = LabelScoringLM(pretrained=AutoModelForCausalLM.from_pretrained(folder), form=form), []
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda requests, **_: scored.append(requests))
     for row in rows:
         answered = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
         prompt = row["input_ids"][: len(row["input_ids"]) - len(answered)]
@@ -83,7 +84,9 @@ def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_dat
         [prompt] = render(task, [{"text": "Net sales rose."}], form.tokenizer)
         for label in task.labels:
             [exchange] = form.exchanges([(prompt, label)])
-            context, target = lm._encode_pair(lm.apply_chat_template([{"role": "user", "content": prompt}]), label)
+            asked = lm.apply_chat_template([{"role": "system", "content": "x"}, {"role": "user", "content": prompt}])
+            lm.loglikelihood([Instance("loglikelihood", {}, (asked, label), 0, ("", 0, 1))])
+            [(_, context, target)] = scored.pop()
             assert (context, target) == (exchange.prompt, exchange.answer)
             assert context == form.prompts([prompt])[0]
 

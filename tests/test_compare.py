@@ -150,6 +150,19 @@ def test_what_has_a_result_is_not_made_again(compared, toy_base, toy_data, tmp_p
     assert capsys.readouterr().out.count("is there: skipped") == 9
     assert not (copy / "nothing-here").exists()
 
+    content["contestants"][1]["overrides"]["lora_r"] = 8  # of dense: its results would be another recipe's
+    (copy / "comparison.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        InputError, match=r"dense-seed0.json was made with other inputs:\n  overrides.lora_r: recorded 4, now 8"
+    ):
+        compare(copy, toy_base, toy_data, monkeypatch, "--only", "dense")
+    recipe = tmp_path / "edited.yaml"
+    recipe.write_text(Path(MOE).read_text() + "seed: 7\n")
+    content["contestants"][5]["recipe"] = str(recipe)
+    (copy / "comparison.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match="recipe_file: recorded"):
+        compare(copy, toy_base, toy_data, monkeypatch, "--only", "team")
+
 
 def test_report(compared, toy_data, tmp_path, monkeypatch):
     copy = shutil.copytree(compared, tmp_path / "copy")

@@ -9,6 +9,7 @@ from typing import Any
 import lm_eval
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
@@ -38,12 +39,15 @@ class LabelScoringLM(HFLM):
         self.bf16 = bf16
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The question alone: `_encode_pair` makes a conversation of it."""
+        """The question alone: `loglikelihood` makes a conversation of it."""
         return chat_history[-1]["content"]
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        (exchange,) = self.form.exchanges([(context, continuation)])
-        return exchange.prompt, exchange.answer
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each request's label as the answer to its question, and whether it is what would be written."""
+        pairs = [request.args for request in requests]
+        exchanges = self.form.exchanges(pairs)
+        encoded = [(pair, e.prompt, e.answer) for pair, e in zip(pairs, exchanges, strict=True)]
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     @torch.no_grad()
     def _loglikelihood_tokens(
