@@ -104,10 +104,9 @@ def tuning_dataset(
                 f"own_tasks: no task is of the role {args.role}. Those of {', '.join(tasks)} are "
                 f"{', '.join(TASKS[task].role for task in tasks)}: tune this expert on all rows, or not at all."
             )
-    prompts = {
-        name: iter(render(TASKS[name], [row for task, row in rows if task == name], form.tokenizer))
-        for name, _ in rows
-    }
+    prompts = {}
+    for name in dict.fromkeys(task for task, _ in rows):
+        prompts[name] = iter(render(TASKS[name], [row for task, row in rows if task == name], form.tokenizer))
     exchanges = form.exchanges([(next(prompts[task]), row["label"]) for task, row in rows])
     longest = training_args.max_length or config.max_position_embeddings
     columns = [

@@ -153,7 +153,7 @@ def test_rows_that_are_cut_or_left_out_are_counted(new_run, capsys):
         file.write(json.dumps({"text": "Sales rose. " * 400, "label": "positive"}) + "\n")
     instruct_tune(new_run, "dense", "--max_length", 120)
     printed = capsys.readouterr().out
-    assert "fpb: 1 of 29 texts are cut to their first 256 tokens (max_text_tokens)" in printed
+    assert printed.count("fpb: 1 of 29 texts are cut to their first 256 tokens (max_text_tokens)") == 1
     assert "of 113 rows are left out: they have more than 120 tokens" in printed
 
 
