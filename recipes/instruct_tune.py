@@ -42,7 +42,7 @@ from finteam_experts.models import as_chats, check_base, fingerprint, load_token
 from finteam_experts.routing import RoutingCallback
 from finteam_experts.shards import weight_files
 from finteam_experts.task_routing import EXPERT
-from finteam_experts.tasks import TASKS, prompting, render, task_cards
+from finteam_experts.tasks import TASKS, prompting, render_all, task_cards
 from finteam_experts.training import ADAPTER, begin_on_all, end, merge_trained, merged_files, train_lora
 
 ROUTING_TOKENS = 96
@@ -106,7 +106,7 @@ def tuning_dataset(
             )
     prompts = {}
     for name in dict.fromkeys(task for task, _ in rows):
-        prompts[name] = iter(render(TASKS[name], [row for task, row in rows if task == name], form.tokenizer))
+        prompts[name] = iter(render_all(TASKS[name], [row for task, row in rows if task == name], form.tokenizer))
     exchanges = form.exchanges([(next(prompts[task]), row["label"]) for task, row in rows])
     longest = training_args.max_length or config.max_position_embeddings
     columns = [

@@ -20,7 +20,7 @@ from finteam_experts.data import rows_to_score, tasks_of
 from finteam_experts.errors import run
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from finteam_experts.scoring import LabelScoringLM, run_lm_eval
-from finteam_experts.tasks import TASKS, render
+from finteam_experts.tasks import TASKS, render_all
 
 
 def label_scores(output: dict) -> np.ndarray:
@@ -43,7 +43,7 @@ def main() -> None:
     folder = local_folder(args.model)
     model, tokenizer = load_model(folder).to(PartialState().device), load_tokenizer(folder)
     rows = {task: rows_to_score(args.data_dir, task, "test", args.limit) for task in tasks_of(args.data_dir)}
-    prompts = {task: render(TASKS[task], own, tokenizer) for task, own in rows.items()}
+    prompts = {task: render_all(TASKS[task], own, tokenizer) for task, own in rows.items()}
     answers = {task: [row["label"] for row in own] for task, own in rows.items()}
     count = sum(map(len, rows.values()))
     ways = {

@@ -134,7 +134,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
         )
         rows = [
             {
-                "prompt": form.messages(render(TASKS[task], [row], tokenizer)[0]),
+                "prompt": form.messages(render(TASKS[task], row, tokenizer)),
                 "completion": [{"role": "assistant", "content": row["label"]}],
             }
             for task, row in drawn

@@ -39,7 +39,7 @@ from finteam_experts.models import as_chats, fingerprint, load_model, load_token
 from finteam_experts.routing import expert_shares
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers, run_lm_eval
 from finteam_experts.split_experts import split_experts
-from finteam_experts.tasks import TASKS, prompting, render
+from finteam_experts.tasks import TASKS, prompting, render_all
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
 MODELS = ("base", DENSE, "moe", TEAM)
@@ -54,7 +54,7 @@ def evaluate_model(folder: Path, rows: dict[str, list[dict[str, str]]], work: Pa
     model = load_model(folder).to(PartialState().device)
     if model.config.model_type == "mixtral" and model.device.type == "cpu":
         split_experts(model)  # twice as fast there; a GPU has kernels for fused experts
-    prompts = {task: render(TASKS[task], rows[task], form.tokenizer) for task in rows}
+    prompts = {task: render_all(TASKS[task], rows[task], form.tokenizer) for task in rows}
     check_prompts(form, prompts, model.config.max_position_embeddings)
     lm = LabelScoringLM(pretrained=model, form=form, bf16=bf16)
     output = run_lm_eval(lm, prompts, {task: [row["label"] for row in rows[task]] for task in rows}, work)

@@ -37,7 +37,7 @@ from finteam_experts.models import (
     weight_files,
 )
 from finteam_experts.router import Sequences, fit
-from finteam_experts.tasks import TASKS, prompting, render
+from finteam_experts.tasks import TASKS, prompting, render_all
 
 PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
 CHAT_TOKENS = 192
@@ -63,7 +63,7 @@ def role_text(
     for task in (TASKS[name] for name in tasks_of(data) if TASKS[name].role == role):
         rows = read_task(data, task.name, "train")
         rows = rng.sample(rows, min(len(rows), tokens // 16))
-        asked = zip(render(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
+        asked = zip(render_all(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
         chats += [exchange.ids for exchange in form.exchanges(list(asked))]
     rng.shuffle(chats)
     chats = chats or form.prompts(passages[: tokens // 16])

@@ -17,6 +17,7 @@ from finteam_experts.errors import InputError, NotFiniteError
 from finteam_experts.models import load_model, load_tokenizer
 from finteam_experts.runs import read_record
 from finteam_experts.sft import CompactHeadSFTTrainer
+from finteam_experts.tasks import TASKS, render
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_the_recipe_trains_on_what_trl_would_make_of_the_conversations(toy_base,
     rows = script.tuning_rows(toy_data, 42, arguments.limits(), hold_out=False)
     asked = [
         {
-            "prompt": form.messages(script.render(script.TASKS[task], [row], form.tokenizer)[0]),
+            "prompt": form.messages(render(TASKS[task], row, form.tokenizer)),
             "completion": [{"role": "assistant", "content": row["label"]}],
         }
         for task, row in rows

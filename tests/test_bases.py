@@ -33,7 +33,7 @@ from finteam_experts.models import (
 )
 from finteam_experts.runs import read_record
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
-from finteam_experts.tasks import TASKS, render
+from finteam_experts.tasks import TASKS, render_all
 from templates import TEMPLATES
 
 SIZE = {
@@ -312,7 +312,7 @@ def test_a_base_goes_all_the_way(toy_base, toy_data, tmp_path, name, template):
         form, model = form_of(tmp_path / name), load_model(tmp_path / name)
         assert read_record(tmp_path / name)["results"]["merge_difference"] < 1e-2
         task, lm = TASKS["headlines"], LabelScoringLM(pretrained=model, form=form)
-        prompts = render(task, read_task(toy_data, "headlines", "train"), form.tokenizer)
+        prompts = render_all(task, read_task(toy_data, "headlines", "train"), form.tokenizer)
         answers = greedy_answers(model, form, prompts)
         written = [
             answer.split("<")[0].strip()[:4] for answer in answers

@@ -16,7 +16,7 @@ from finteam_experts.data import task_file, write_rows
 from finteam_experts.errors import InputError
 from finteam_experts.models import load_model, load_tokenizer, read_config
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
-from finteam_experts.tasks import SYSTEM_PROMPT, TASKS, render
+from finteam_experts.tasks import SYSTEM_PROMPT, TASKS, render, render_all
 from templates import BROKEN, SYSTEM_TURN, TEMPLATES
 
 MEMORISE = ("--max_steps", 150, "--learning_rate", "2e-2", "--lora_r", 16, "--save_steps", 1000)
@@ -81,7 +81,7 @@ def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_dat
         assert "Answer " in asked  # question and labels are in the prompt, not in what the loss reads
         assert not any(word in form.tokenizer.decode(answered) for word in ("Answer", "financial"))
     for task in TASKS.values():
-        [prompt] = render(task, [{"text": "Net sales rose."}], form.tokenizer)
+        prompt = render(task, {"text": "Net sales rose."}, form.tokenizer)
         for label in task.labels:
             [exchange] = form.exchanges([(prompt, label)])
             asked = lm.apply_chat_template([{"role": "system", "content": "x"}, {"role": "user", "content": prompt}])
@@ -168,7 +168,7 @@ def test_label_scores_and_written_answers_of_a_tuned_model_agree(new_run, name):
     instruct_tune(new_run, "dense", *MEMORISE)
     folder = new_run / "dense-instruct"
     form, model = form_of(folder), load_model(folder)
-    prompts = render(TASKS["headlines"], rows, form.tokenizer)
+    prompts = render_all(TASKS["headlines"], rows, form.tokenizer)
     written = [first_label(answer, ("No", "Yes")) for answer in greedy_answers(model, form, prompts)]
     assert written == [row["label"] for row in rows]
     lm = LabelScoringLM(pretrained=model, form=form)

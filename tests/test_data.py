@@ -72,13 +72,13 @@ def test_prompt_keeps_the_question_when_the_text_is_long(toy_base):
     from finteam_experts.models import load_tokenizer
 
     tokenizer, task = load_tokenizer(toy_base), TASKS["headlines"]
-    [prompt] = render(task, [{"text": "crude oil " * 400, "question": "Up or down?"}], tokenizer)
+    prompt = render(task, {"text": "crude oil " * 400, "question": "Up or down?"}, tokenizer)
     text = prompt.partition("\n\n")[0]
     assert prompt.endswith("Up or down? Answer No or Yes.")
     assert len(tokenizer(text)["input_ids"]) <= task.max_text_tokens < len(tokenizer("crude oil " * 400)["input_ids"])
-    assert render(TASKS["fpb"], [{"text": "Short."}], tokenizer) == [
+    assert render(TASKS["fpb"], {"text": "Short."}, tokenizer) == (
         f"Short.\n\n{TASKS['fpb'].question} Answer negative, neutral or positive."
-    ]
+    )
 
 
 def test_validation_rows_are_a_tenth_of_train_or_a_file_of_their_own(data):

@@ -18,7 +18,7 @@ from finteam_experts.metrics import confusion, scores, scores_with_errors
 from finteam_experts.models import load_model, load_tokenizer
 from finteam_experts.routing import expert_shares
 from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
-from finteam_experts.tasks import TASKS, render
+from finteam_experts.tasks import TASKS, render, render_all
 
 
 def evaluate(run_dir, *arguments):
@@ -113,7 +113,7 @@ def test_generated_score_counts_the_first_label(done_run):
     for name in ("moe", "moe-instruct"):
         model, form = load_model(done_run / name), form_of(done_run / name)
         rows = rows_to_score(done_run / "data", "fpb", "test", None)
-        prompts = render(TASKS["fpb"], rows, form.tokenizer)
+        prompts = render_all(TASKS["fpb"], rows, form.tokenizer)
         found = [first_label(answer, TASKS["fpb"].labels) for answer in greedy_answers(model, form, prompts)]
         generated = report["models"][name]["tasks"]["fpb"]["generated"]
         assert generated["without_label"] == found.count(None)
@@ -126,7 +126,7 @@ def test_label_loss_is_the_cross_entropy_among_the_labels(done_run):
     task, losses = TASKS["headlines"], []
     for row in rows_to_score(done_run / "data", "headlines", "test", None):
         prompt = tokenizer.apply_chat_template(
-            chat(render(task, [row], tokenizer)[0]), add_generation_prompt=True, tokenize=False
+            chat(render(task, row, tokenizer)), add_generation_prompt=True, tokenize=False
         )
         start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         scores = []

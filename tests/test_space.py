@@ -79,7 +79,7 @@ def test_one_analyst_alone_answers_as_its_expert_does(client, done_run):
 def test_label_probabilities_are_those_of_the_evaluation(client, done_run, task):
     model, tokenizer = load_model(done_run / "moe-instruct"), load_tokenizer(done_run / "moe-instruct")
     row = {"text": "Net sales rose to EUR 12.4 mn."}
-    ids = tokenizer.apply_chat_template(chat(render(TASKS[task], [row], tokenizer)[0]), add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(chat(render(TASKS[task], row, tokenizer)), add_generation_prompt=True)
     scores = []
     for label in TASKS[task].labels:
         end = tokenizer(label, add_special_tokens=False)["input_ids"]

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -133,7 +134,8 @@ def _check_settings(arguments: SFTConfig | ModelConfig) -> None:
             continue
         for name, reason in _REFUSED.items():
             if f.name == name or (name.endswith("_") and f.name.startswith(name)):
-                raise InputError(f"{f.name} is {value!r}, which a recipe can't set. {reason}")
+                shown = value.value if isinstance(value, Enum) else value
+                raise InputError(f"{f.name} is {shown!r}, which a recipe can't set. {reason}")
     if isinstance(arguments, SFTConfig) and arguments.save_strategy == "best":
         raise InputError(f"save_strategy is 'best'. {_SCORED} Set it to steps or epoch.")
 

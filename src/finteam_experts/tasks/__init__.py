@@ -85,12 +85,19 @@ class _Tasks(Mapping[str, Task]):
 TASKS = _Tasks()
 
 
-def render(task: Task, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _prompt(task: Task, row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    question = row.get("question", task.question)
+    return task_prompt(row["text"], question, task.labels, task.max_text_tokens, tokenizer)
+
+
+def render(task: Task, row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The user message for a task row; the answer to it is `row["label"]`."""
+    return _prompt(task, row, tokenizer)[0]
+
+
+def render_all(task: Task, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The user message of each row, and a line on the screen that says how many texts had to be cut."""
-    asked = [
-        task_prompt(row["text"], row.get("question", task.question), task.labels, task.max_text_tokens, tokenizer)
-        for row in rows
-    ]
+    asked = [_prompt(task, row, tokenizer) for row in rows]
     if (cut := sum(is_cut for _, is_cut in asked)) and os.environ.get("RANK", "0") == "0":
         print(
             f"{task.name}: {cut} of {len(rows)} texts are cut to their first {task.max_text_tokens} tokens (max_text_tokens)"
