@@ -203,7 +203,7 @@ def check_result(path: Path, now: dict[str, Any]) -> None:
     """Raise `InputError` if a result file was made from something else, as far as it says."""
     recorded = read_json(path)
     known = {key: recorded[key] for key in now if key in recorded}
-    advice = "Delete it to make it anew, or undo the change."
+    advice = "Delete it to run it again, or undo the change."
     runs.check_same_inputs(path, known, {key: now[key] for key in known}, advice)
 
 

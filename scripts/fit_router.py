@@ -160,7 +160,7 @@ def main() -> None:
     }
     fitted = record.get("router", {}).get("kind") == "fitted" and not runs.is_unfinished(record)
     if fitted and not args.overwrite:
-        advice = "pass --overwrite to fit it anew"
+        advice = "Pass --overwrite to fit it again."
         weights = {"weights": record["router"].get("weights")}
         runs.check_same_inputs(f"{moe}'s router", weights, fingerprint(moe, ("weights",)), advice)
         runs.check_same_inputs(f"{moe}'s router", record["router"]["inputs"], inputs, advice)

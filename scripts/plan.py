@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 def read_config(base: str) -> PretrainedConfig:
-    """The config of a base that the road can be taken with; `InputError` says why one can't be."""
+    """The config of a base that the pipeline supports; `InputError` says why it does not."""
     if Path(base).is_dir():
         config = models.read_config(Path(base))
         models.check_config(config, base)

@@ -129,7 +129,7 @@ class Team:
                 text += piece
                 yield Answer(text)
         finally:
-            # Also where the visitor leaves, which closes this generator: whoever is next must not find the gates forced
+            # Runs when the visitor leaves, too (that closes this generator): the next one must not find the gates forced
             gone.set()
             worker.join()
         if not made:

@@ -164,7 +164,7 @@ def test_fitted_router_is_skipped_refused_or_replaced(copied_run, capsys):
     fit_router(copied_run)
     assert "moe has its fitted router: skipped" in capsys.readouterr().out
     before = folder_hash(copied_run / "moe")
-    with pytest.raises(InputError, match=r"settings.ridge: recorded 0.03, now 0.5\npass --overwrite"):
+    with pytest.raises(InputError, match=r"settings.ridge: recorded 0.03, now 0.5\nPass --overwrite"):
         fit_router(copied_run, "--ridge", 0.5)
     assert folder_hash(copied_run / "moe") == before
     fit_router(copied_run, "--ridge", 0.5, "--overwrite")

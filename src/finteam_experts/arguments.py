@@ -97,7 +97,9 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
         if isinstance(arguments, SFTConfig | ModelConfig):
             _check_settings(arguments)
         if isinstance(arguments, SFTConfig):
-            PartialState(cpu=arguments.use_cpu)  # whoever makes it first says where the processes meet
+            PartialState(
+                cpu=arguments.use_cpu
+            )  # created early, so that it picks the CPU backend where the recipe asks for it
     return tuple(parsed)
 
 

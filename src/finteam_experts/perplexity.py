@@ -54,6 +54,6 @@ def perplexity(loss: float) -> float:
     """The exponential of a loss in nats a token; `NotFiniteError` for the loss of a model that has diverged."""
     if loss > LARGEST_LOSS:
         raise NotFiniteError(
-            f"the held-out loss is {loss:.0f} nats a token: the training has diverged. Lower learning_rate and start it anew."
+            f"the held-out loss is {loss:.0f} nats a token: the training has diverged. Lower learning_rate and train again."
         )
     return math.exp(loss)

@@ -55,14 +55,14 @@ def begin(
     """Return the folder to build `target` in, fresh or as an interrupted run left it; `None` if `target` is complete.
 
     Raises `InputError` if another process is at work on `target`, or if `target` or its unfinished folder was started with
-    other inputs: it names each difference. An unfinished folder that `has_progress` says holds nothing worth keeping is made
-    anew instead (by default one that holds nothing but its record). With `overwrite` both are made anew, and a complete
-    `target` is replaced when its successor is whole.
+    other inputs: it names each difference. An unfinished folder without progress (see `has_progress`; by default one that holds
+    nothing but its record) is started again instead. With `overwrite` both are made again, and a complete `target` is replaced
+    once its successor is whole.
     """
     work, now = work_folder(target), {"step": step, **inputs}
     lock(target)
     _recover(target)
-    advice = "Use the recorded settings, choose another --run_dir, or delete it to make it anew."
+    advice = "Use the recorded settings, choose another --run_dir, or delete it to run the step again."
     if target.exists():
         recorded = _inputs(target)
         if not _differences(recorded, now):
