@@ -39,7 +39,7 @@ def tasks_of(data_dir: Path) -> list[str]:
     found = {path.stem.rpartition("_")[0]: path for path in sorted((data_dir / "tasks").glob("*_*.jsonl"))}
     if not found.keys() & set(TASKS):
         raise InputError(f"{data_dir}/tasks has no TASK_train.jsonl and TASK_test.jsonl of any of {', '.join(TASKS)}.")
-    for name in found.keys() - set(TASKS) if os.environ.get("RANK", "0") == "0" else ():
+    for name in sorted(found.keys() - set(TASKS)) if os.environ.get("RANK", "0") == "0" else ():
         print(f"{data_dir}/tasks/{name}_*.jsonl are left out: there is no task '{name}'.{nearest(name, TASKS)}")
     return [name for name in TASKS if name in found]
 
