@@ -123,7 +123,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         wrong = [problem for name in STEPS for problem in drill(name, args.run_dir, Path(folder), args.kills, rng)]
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or 0)
 
 
 if __name__ == "__main__":

@@ -168,13 +168,9 @@ def rows(
         raise _unreadable(source, error) from None
 
 
-def sample(source: Source, kind: str, revision: str | None = None) -> dict[str, Any] | None:
+def sample(source: Source, kind: str) -> dict[str, Any] | None:
     """The first row of that split, if there is one."""
-    return (
-        next(rows(source, kind, 1, 0, revision), None)
-        if not source.is_local
-        else next(rows(source, kind, None, 0), None)
-    )
+    return next(rows(source, kind, None, 0), None)
 
 
 def question_of(instruction: str, labels: Iterable[str]) -> str:
