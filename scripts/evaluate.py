@@ -187,14 +187,14 @@ def print_table(report: dict[str, Any]) -> None:
     for name, part in report["models"].items():
         unlike = [
             f"{task} {result['accuracy']:.3f} and {result['generated']['accuracy']:.3f} "
-            f"({result['generated']['without_label']} of {result['n']} answers without a label)"
+            f"({result['generated']['without_label']} of {result['n']} answers have no label)"
             for task, result in part["tasks"].items()
             if result["generated"]["unlike_scores"]
         ]
         if unlike:
             print(
-                f"Note: {name} is right by label scores and in its own words unlike each other: {'; '.join(unlike)}. A model that was "
-                "not tuned may not know that it is to write a label; for a tuned one, look at its chat template"
+                f"Note: {name}: accuracy by label scores differs from accuracy of the written answers: {'; '.join(unlike)}. This is "
+                "expected of a model that was not tuned; for a tuned one, check its chat template."
             )
     for task, counts in report["rows"].items():
         if any(counts.values()):

@@ -33,7 +33,7 @@ def recipe(name: str) -> list[str]:
     return ["--config", str(REPOSITORY / f"recipes/sample/{name}.yaml"), *SHORT, "--save_steps", "1"]
 
 
-# Each step's script, its arguments beside --run_dir, and the folders that it makes anew
+# For each step: its script, its arguments besides --run_dir, and the folders it writes
 STEPS = {
     "expert": ("recipes/train_expert.py", [*recipe("train_expert"), "--role", "macro", "--max_length", "64"], ["adapters/macro"]),
     "merge": ("scripts/merge_moe.py", [], ["experts", "moe"]),

@@ -57,12 +57,9 @@ def test_held_out_passages_of_one_token_are_refused_before_the_training(new_run)
     assert not (new_run / "adapters").exists()
 
 
-@pytest.mark.parametrize("steps", ["expert", "dense"])
-def test_too_few_passages_for_the_router_are_known_at_once(new_run, steps):
+def test_too_few_passages_for_the_router_are_known_at_once(new_run):
     lines = corpus_file(new_run / "data", "macro").read_text().splitlines(keepends=True)
     corpus_file(new_run / "data", "macro").write_text("".join(lines[:31]))
-    if steps == "dense":  # which needs no corpus
-        return
     with pytest.raises(InputError, match="macro.jsonl has 31 passages. The router needs 32 or more"):
         train_expert(new_run, "macro")
 

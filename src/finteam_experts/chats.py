@@ -83,16 +83,18 @@ class ChatFormat:
         answered = [self._answered(turns, answer) for turns, answer in conversations]
         prompt_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         encoded = self.tokenizer(answered, add_special_tokens=False, return_offsets_mapping=True)
-        found = []
+        found, where = [], f"(chat template of {self.tokenizer.name_or_path})"
         for row, (prompt, text, (_, answer)) in enumerate(zip(prompts, answered, conversations, strict=True)):
             ids, offsets, before = encoded["input_ids"][row], encoded["offset_mapping"][row], prompt_ids[row]
             if not text.startswith(prompt):
-                raise TemplateError(f"it writes a prompt differently once it is answered: {prompt!r}, then {text!r}.")
+                raise TemplateError(
+                    f"it writes a prompt differently once it is answered: {prompt!r}, then {text!r} {where}"
+                )
             if ids[: len(before)] != before:
-                raise TemplateError(f"the tokens of {prompt!r} are other ones once {answer!r} follows.")
+                raise TemplateError(f"the tokens of {prompt!r} are other ones once {answer!r} follows {where}")
             place = text.find(answer.strip(), len(prompt))
             if place < 0:
-                raise TemplateError(f"it changes the answer {answer!r} to {text[len(prompt) :]!r}.")
+                raise TemplateError(f"it changes the answer {answer!r} to {text[len(prompt) :]!r} {where}")
             last = place + len(answer.strip())
             end = next((at for at in range(len(before), len(ids)) if offsets[at][0] >= last), len(ids))
             found.append(Exchange(before, ids[len(before) : end], ids[end:]))

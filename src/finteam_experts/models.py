@@ -83,9 +83,9 @@ def check_base(folder: Path) -> PretrainedConfig:
     config = read_config(folder)
     check_config(config, folder)
     _check_tensors(folder, config)
-    if len(load_tokenizer(folder)) > config.vocab_size:
+    if (tokens := len(load_tokenizer(folder))) > config.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(load_tokenizer(folder))} tokens and the model's vocabulary {config.vocab_size}: "
+            f"{folder}: the tokenizer has {tokens} tokens and the model's vocabulary {config.vocab_size}: "
             "tokens were added to one and not to the other. Resize the embeddings, or take the model's own tokenizer."
         )
     return config
