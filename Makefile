@@ -1,5 +1,5 @@
-# make quickstart   the whole road on a 135M model, into outputs/quickstart (ARGS="--max_steps 4 --limit 8" shortens it)
-# make test         the test suite
+# make quickstart   the whole pipeline on a 135M model, into outputs/quickstart (ARGS="--max_steps 4 --limit 8" shortens it)
+# make test         the test suite without the slow tests (ARGS="-m slow" runs those)
 # make style        check formatting and lint
 # make space        open the demo on the quickstart's model (MODEL_ID=folder or Hub id for another)
 .PHONY: quickstart test style space
@@ -13,7 +13,7 @@ quickstart: $(ENV)
 	bash scripts/quickstart.sh $(ARGS)
 
 test: $(ENV)
-	HF_HUB_OFFLINE=1 pytest $(ARGS)  # the tests need no network: say so to the Hub client
+	HF_HUB_OFFLINE=1 pytest $(if $(findstring slow,$(ARGS)),,-n auto --dist loadfile) $(ARGS)  # slow tests start processes of their own
 
 style: $(ENV)
 	ruff check .

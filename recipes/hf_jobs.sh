@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The whole road on Hugging Face Jobs: every stage is a job, which is submitted when those whose folders it reads have ended well.
+# The whole pipeline on Hugging Face Jobs: every stage is a job, submitted when the stages it reads from have succeeded.
 #
 #   hf buckets create OWNER/finteam && hf buckets sync DIR hf://buckets/OWNER/finteam/data
 #   bash recipes/hf_jobs.sh --recipes recipes/llama3-8b --base ID --bucket OWNER/finteam
 #   bash recipes/hf_jobs.sh ... --flavor h200x8 --gpus 8 --single_flavor h200 --timeout 12h --image python:3.12
 #
-# The run folder lies in the bucket as `run`; every job fetches it and, however it ends, puts back what it wrote. This script
+# The run folder is in the bucket as `run`; every job fetches it and, however it ends, puts back what it wrote. This script
 # waits for the stages, so leave it running. Run it again after a failure: a stage whose folder is complete is skipped, and one
-# that was cut off goes on from its last checkpoint. The code that runs is the last commit's. HF_TOKEN is taken from your shell.
+# that was interrupted resumes from its last checkpoint. The code that runs is the last commit's. HF_TOKEN is taken from your shell.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/stages.sh
@@ -42,6 +42,6 @@ stage() {  # NAME KIND AFTER COMMAND
   echo "$1: job ${ids[$1]}${3:+, after $3}"
 }
 
-road
+pipeline
 hf jobs wait "${ids[evaluate]}"
 echo "Fetch the run: hf buckets sync $remote/run $PWD/outputs/run"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The whole road on a SLURM cluster: every stage is a job, which starts when those whose folders it reads have ended well.
+# The whole pipeline on a SLURM cluster: every stage is a job, which starts when the stages it reads from have succeeded.
 #
 #   bash recipes/slurm.sh --recipes recipes/llama3-8b --base ID --run_dir outputs/llama3-8b --data_dir DIR
 #   bash recipes/slurm.sh ... --nodes 2 --gpus 8 --sbatch "--partition gpu --time 12:00:00"
 #
-# Run it again after a failure: a stage whose folder is complete is skipped, and one that was cut off goes on from its last
-# checkpoint. Each job's log lies in RUN_DIR/logs.
+# Run it again after a failure: a stage whose folder is complete is skipped, and one that was interrupted resumes from its
+# last checkpoint. The logs of the jobs are in RUN_DIR/logs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/stages.sh
@@ -15,7 +15,7 @@ merge_config=moe_merge.yaml nodes=1 gpus=8 sbatch=''
 read_options 'recipes base run_dir data_dir merge_config nodes gpus sbatch' "$@"
 mkdir -p "$run_dir/logs"
 
-# One process a GPU; on several machines each starts its own, and the first machine of the job is where they meet.
+# One process per GPU. On several machines each starts its own, and the first machine of the job is the rendezvous.
 # $SLURM_... is for the job's shell, not for this one.
 # shellcheck disable=SC2016
 launch='srun bash -c "accelerate launch --config_file CONFIG --num_processes ALL --num_machines MACHINES --machine_rank \$SLURM_PROCID --main_process_ip \$(scontrol show hostnames \$SLURM_JOB_NODELIST | head -n 1) --main_process_port 29500 COMMAND"'
@@ -40,5 +40,5 @@ stage() {  # NAME KIND AFTER COMMAND
   echo "$1: job ${ids[$1]}${3:+, after $3}"
 }
 
-road
+pipeline
 echo "logs in $run_dir/logs"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# The road as stages, for scripts that hand each to a scheduler: they source this file.
+# The pipeline as stages, for scripts that hand each to a scheduler: they source this file.
 #
-# read_options NAMES "$@" sets a variable for each of the options NAMES and checks those that every road needs.
-# road calls `stage NAME KIND AFTER COMMAND` for each stage, which the caller defines: KIND is replicated (a copy of the model on
+# read_options NAMES "$@" sets a variable for each of the options NAMES and checks those that every pipeline needs.
+# pipeline calls `stage NAME KIND AFTER COMMAND` for each stage, which the caller defines: KIND is replicated (a copy of the model on
 # each GPU), sharded (the model cut into pieces) or plain; AFTER lists the stages whose folders it reads; for a KIND other than
 # plain, COMMAND is what `accelerate launch` takes. No stage comes before one that it waits for.
 
@@ -26,9 +26,9 @@ read_options() {
   done
 }
 
-road() {
+pipeline() {
   local role roles where="--run_dir $run_dir --data_dir $data_dir"
-  roles=$(python -m finteam_experts.merge_config "$merge_config" | paste -sd ' ')
+  roles=$(python -m finteam_experts.merging.config "$merge_config" | paste -sd ' ')
   # Step 1: the experts do not need each other, and neither does the baseline of step 3
   for role in $roles; do
     stage "$role" replicated '' "recipes/train_expert.py --config $recipes/train_expert.yaml --base $base --merge_config $merge_config --role $role $where"

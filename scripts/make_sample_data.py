@@ -11,14 +11,14 @@ import random
 from pathlib import Path
 
 from finteam_experts import runs
-from finteam_experts.data import corpus_file, task_file, write_rows
+from finteam_experts.data.files import corpus_file, task_file, write_rows
+from finteam_experts.data.sample.corpora import ROLES, corpus
+from finteam_experts.data.sample.task_rows import task_rows
+from finteam_experts.data.tasks import TASKS
 from finteam_experts.errors import run
-from finteam_experts.sample_data.corpora import ROLES, corpus
-from finteam_experts.sample_data.task_rows import task_rows
-from finteam_experts.tasks import TASKS
 
-PASSAGES, HELDOUT_PASSAGES = 1000, 120  # a role
-TRAIN_ROWS, TEST_ROWS = 800, 240  # a task
+PASSAGES, HELDOUT_PASSAGES = 1000, 120  # per role
+TRAIN_ROWS, TEST_ROWS = 800, 240  # per task
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     if work:
         write_data(work, args.seed)
         runs.finish(target, {"results": {"passages_a_role": PASSAGES, "train_rows_a_task": TRAIN_ROWS}})
-        print(f"{target}: {PASSAGES} passages a role, {TRAIN_ROWS} train and {TEST_ROWS} test rows a task")
+        print(f"{target}: {PASSAGES} passages per role, {TRAIN_ROWS} train and {TEST_ROWS} test rows per task")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ def print_summary(notes: Path) -> None:
     steps: dict[str, dict] = {}
     for note in map(json.loads, notes.read_text().splitlines()):
         steps[note["title"]] = max(steps.get(note["title"], note), note, key=lambda entry: entry["seconds"])
-    table = Table(title="Quickstart: time and peak memory", show_footer=True)
-    table.add_column("step", footer="all")
-    table.add_column("minutes", justify="right", footer=f"{sum(step['seconds'] for step in steps.values()) / 60:.1f}")
-    table.add_column("peak GiB", justify="right", footer=f"{max(step['peak_gib'] for step in steps.values()):.1f}")
+    table = Table("step", title="Quickstart: time and peak memory")
+    for column in ("minutes", "peak GiB"):
+        table.add_column(column, justify="right")
     for title, step in steps.items():
         table.add_row(title, f"{step['seconds'] / 60:.1f}", f"{step['peak_gib']:.1f}")
+    table.add_section()
+    minutes = sum(step["seconds"] for step in steps.values()) / 60
+    table.add_row("all", f"{minutes:.1f}", f"{max(step['peak_gib'] for step in steps.values()):.1f}")
     Console().print(table)
 
 
@@ -53,7 +55,6 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("command", nargs="*")
     args = parser.parse_args()
-
     notes = args.run_dir / "reports" / "quickstart.jsonl"
     if args.summary:
         print_summary(notes)

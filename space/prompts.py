@@ -1,1 +1,1 @@
-../src/finteam_experts/prompts.py
+../src/finteam_experts/data/prompts.py

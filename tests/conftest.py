@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,14 +20,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finteam_experts.chats import ChatFormat
-from finteam_experts.data import corpus_file, task_file, write_rows
+from finteam_experts.data.files import corpus_file, task_file, write_rows
+from finteam_experts.data.sample import corpora
+from finteam_experts.data.sample.corpora import corpus
+from finteam_experts.data.sample.task_rows import task_rows
+from finteam_experts.data.tasks import SYSTEM_PROMPT, TASKS
 from finteam_experts.models import as_chats, load_tokenizer
-from finteam_experts.sample_data import corpora
-from finteam_experts.sample_data.corpora import corpus
-from finteam_experts.sample_data.task_rows import task_rows
-from finteam_experts.tasks import SYSTEM_PROMPT, TASKS
 
 REPOSITORY = Path(__file__).parents[1]
+if worker := os.environ.get(
+    "PYTEST_XDIST_WORKER"
+):  # a core for each worker: their threads must not wait for each other
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if cores:
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 ROLES = ("macro", "micro", "quant")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -69,6 +76,13 @@ def shell(*command: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(part) for part in command], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, **options
     )
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def train_expert(run_dir: Path, role: str, *arguments: object) -> None:
@@ -173,7 +187,7 @@ def space_address(done_run, tmp_path_factory) -> Iterator[str]:
     """Where the demo listens, started as a user starts it on the complete run's tuned team."""
     log = tmp_path_factory.mktemp("space") / "log"
     environment = os.environ | {"MODEL_ID": str(done_run / "moe-instruct"), "GRADIO_ANALYTICS_ENABLED": "False",
-                                "PYTHONUNBUFFERED": "1", "GRADIO_SERVER_PORT": "7989"}  # fmt: skip
+                                "PYTHONUNBUFFERED": "1", "GRADIO_SERVER_PORT": str(free_port())}  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen([sys.executable, "space/app.py"], cwd=REPOSITORY, env=environment, stdout=output,
                                    stderr=output)  # fmt: skip

@@ -18,22 +18,17 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from conftest import CHAT_TEMPLATE, call, form_of, instruct_tune, train_expert
+from conftest import CHAT_TEMPLATE, REPOSITORY, call, form_of, instruct_tune, train_expert
 from finteam_experts import runs
-from finteam_experts.data import read_task
+from finteam_experts.data.files import read_task
+from finteam_experts.data.tasks import TASKS, render_all
 from finteam_experts.errors import InputError
-from finteam_experts.merge_config import MERGE_FILE
-from finteam_experts.models import (
-    PLAIN_TEXT_PARTS,
-    check_base,
-    fingerprint,
-    load_model,
-    stored_dtype,
-    weight_average,
-)
+from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers
+from finteam_experts.files import write_json
+from finteam_experts.fingerprints import PLAIN_TEXT_PARTS, fingerprint
+from finteam_experts.merging.join import weight_average
+from finteam_experts.models import check_base, load_model, stored_dtype
 from finteam_experts.runs import read_record
-from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
-from finteam_experts.tasks import TASKS, render_all
 from templates import TEMPLATES
 
 SIZE = {
@@ -41,6 +36,8 @@ SIZE = {
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
     "initializer_range": 0.2,
 }  # fmt: skip
+
+MERGE = REPOSITORY / "moe_merge.yaml"
 
 
 def change_json(path, **changes):
@@ -201,7 +198,7 @@ def test_bad_arguments_of_a_plan(toy_base, arguments, message):
 )
 def test_keys_of_mergekit_that_this_merge_has_no_use_for(done_run, tmp_path, lines, message):
     path = tmp_path / "merge.yaml"
-    path.write_text(f"{MERGE_FILE.read_text()}{lines}\n")
+    path.write_text(f"{(REPOSITORY / 'moe_merge.yaml').read_text()}{lines}\n")
     with pytest.raises(InputError, match=message):
         call("scripts/merge_moe.py", "--run_dir", done_run, "--merge_config", path)
 
@@ -209,14 +206,14 @@ def test_keys_of_mergekit_that_this_merge_has_no_use_for(done_run, tmp_path, lin
 @pytest.mark.parametrize("base_model", ["meta-llama/Llama-3.1-8B-Instruct", "./other"])
 def test_another_base_in_the_merge_file(done_run, tmp_path, base_model):
     path = tmp_path / "merge.yaml"
-    path.write_text(MERGE_FILE.read_text().replace("base_model: base", f"base_model: {base_model}"))
+    path.write_text(MERGE.read_text().replace("base_model: base", f"base_model: {base_model}"))
     with pytest.raises(InputError, match="base_model is .*It has to be 'base'.*--base"):
         call("scripts/merge_moe.py", "--run_dir", done_run, "--merge_config", path)
 
 
 def test_a_merge_file_that_is_not_utf8(done_run, tmp_path):
     path = tmp_path / "merge.yaml"
-    path.write_bytes(MERGE_FILE.read_text().encode() + "# größer".encode("latin1"))
+    path.write_bytes(MERGE.read_text().encode() + "# größer".encode("latin1"))
     with pytest.raises(InputError, match="merge.yaml, line 26: not UTF-8"):
         call("scripts/merge_moe.py", "--run_dir", done_run, "--merge_config", path)
 
@@ -224,7 +221,7 @@ def test_a_merge_file_that_is_not_utf8(done_run, tmp_path):
 def test_the_merge_has_the_type_that_its_file_says(copied_run, tmp_path):
     shutil.rmtree(copied_run / "moe")
     path = tmp_path / "merge.yaml"
-    path.write_text(MERGE_FILE.read_text() + "dtype: bfloat16\n")
+    path.write_text(MERGE.read_text() + "dtype: bfloat16\n")
     call("scripts/merge_moe.py", "--run_dir", copied_run, "--merge_config", path)
     assert stored_dtype(copied_run / "moe") == torch.bfloat16
     call("scripts/fit_router.py", "--run_dir", copied_run, "--tokens_per_role", 600)
@@ -279,7 +276,7 @@ def test_three_experts_that_are_the_base_give_its_logits(toy_base, tmp_path, nam
     for role in ("macro", "micro", "quant"):  # a fresh LoRA changes nothing
         folder = tmp_path / f"adapters/{role}"
         adapted.save_pretrained(folder)
-        runs.write_json(
+        write_json(
             folder / runs.RECORD, {"step": "train_expert", "inputs": {"base": fingerprint(base, PLAIN_TEXT_PARTS)}}
         )
     call("scripts/merge_moe.py", "--run_dir", tmp_path)

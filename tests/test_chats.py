@@ -12,11 +12,11 @@ from trl import SFTConfig
 
 from conftest import call, form_of, instruct_tune, load_script
 from finteam_experts.chats import TEMPLATE_SETTINGS, ChatFormat, chat_format
-from finteam_experts.data import task_file, write_rows
+from finteam_experts.data.files import task_file, write_rows
+from finteam_experts.data.tasks import SYSTEM_PROMPT, TASKS, render, render_all
 from finteam_experts.errors import InputError
+from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers
 from finteam_experts.models import load_model, load_tokenizer, read_config
-from finteam_experts.scoring import LabelScoringLM, first_label, greedy_answers
-from finteam_experts.tasks import SYSTEM_PROMPT, TASKS, render, render_all
 from templates import BROKEN, SYSTEM_TURN, TEMPLATES
 
 MEMORISE = ("--max_steps", 150, "--learning_rate", "2e-2", "--lora_r", 16, "--save_steps", 1000)
@@ -66,7 +66,9 @@ def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_dat
     form = form_of(folder)
     script = load_script("recipes/instruct_tune.py")
     args = SFTConfig(output_dir="x", use_cpu=True, bf16=False, report_to="none", max_length=None)
-    rows = script.tuning_dataset(toy_data, form, args, script.TuneArguments(rows_per_task=2), [], read_config(folder))
+    rows = script.tuning_dataset(
+        script.TuneArguments(data_dir=str(toy_data), rows_per_task=2), args, form, [], read_config(folder)
+    )
     assert len(rows) == 8
     lm, scored = LabelScoringLM(pretrained=AutoModelForCausalLM.from_pretrained(folder), form=form), []
     monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda requests, **_: scored.append(requests))
@@ -149,6 +151,7 @@ def test_several_turns(toy_base):
     assert form.exchanges([]) == form.prompts([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral-v0.3", "mistral-v0.1"])
 def test_label_scores_and_written_answers_of_a_tuned_model_agree(new_run, name):
     """The toy learns a few rows by heart; it would not if it were trained on other tokens than it is asked with."""

@@ -1,26 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents name exists, every recipe is one that its script reads, and every command shows its help."""
+"""What documents, docstrings and recipes say: their files exist, their commands have these options, their figures are published."""
 
+import ast
 import re
 import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from trl import SFTConfig
 
-from conftest import REPOSITORY, load_script, shell
-from finteam_experts.arguments import BaseModelConfig, parse
-from finteam_experts.comparison import read_comparison
+from comparison import read_comparison
+from conftest import REPOSITORY, call, load_script, shell
+from finteam_experts.training.arguments import BaseModelConfig, parse
 
-COMPARISONS = sorted((REPOSITORY / "recipes").rglob("comparison*.yaml"))
-RECIPES = sorted(
-    {*(REPOSITORY / "recipes").rglob("*.yaml")} - {*COMPARISONS} - {*REPOSITORY.glob("recipes/accelerate/*")}
+RECIPES = sorted({*REPOSITORY.glob("recipes/*/*.yaml")} - {*REPOSITORY.glob("recipes/accelerate/*")})
+COMPARISONS = sorted(REPOSITORY.glob("experiments/*/comparison.yaml"))
+SCRIPTS = sorted(
+    path for folder in ("scripts", "experiments", "benchmarks") for path in REPOSITORY.glob(f"{folder}/*.py")
 )
-DOCUMENTS = [
-    REPOSITORY / name for name in ("README.md", "recipes/README.md", "scripts/quickstart.sh", "moe_merge.yaml")
-]
-SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
+SCRIPTS = [path for path in SCRIPTS if "def main()" in path.read_text()]
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*/README.md")])
+TEXTS = DOCUMENTS + RECIPES + COMPARISONS + SCRIPTS + sorted(REPOSITORY.glob("recipes/*.*h")) + sorted(
+    REPOSITORY.glob("recipes/*.py")) + [REPOSITORY / "moe_merge.yaml", REPOSITORY / "scripts/quickstart.sh"]  # fmt: skip
+OURS = r"(?:recipes|scripts|experiments|benchmarks)/[\w/]+\.(?:py|sh)"
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The words of each command that starts one of our files: in bash blocks, docstrings and comments."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S))
+    elif path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        text = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    starts = re.compile(rf"(?:[A-Z]\w+:\s+)?((?:\w+=\S+ )*(?:python|bash|accelerate launch)\b.*{OURS}.*)")
+    found = [starts.fullmatch(line.strip()) for line in lines]
+    return [shlex.split(match[1].replace(" ...", " "), comments=True) for match in found if match]
+
+
+@pytest.fixture(scope="session")
+def helps():
+    """The help of a script, asked once."""
+    known = {}
+
+    def ask(script: str, capsys) -> str:
+        if script not in known:
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                call(script, "--help")
+            known[script] = capsys.readouterr().out
+            assert ended.value.code == 0
+        return known[script]
+
+    return ask
+
+
+@pytest.mark.parametrize("script", [str(path.relative_to(REPOSITORY)) for path in SCRIPTS])
+def test_script_shows_help(script, helps, capsys):
+    assert helps(script, capsys).startswith("usage: ")
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_command_names_files_and_options_that_exist(path, helps, capsys):
+    for words in commands_of(path):
+        script = next(word for word in words if re.fullmatch(OURS, word))
+        assert (REPOSITORY / script).is_file(), script
+        if script.endswith(".sh"):
+            text = (REPOSITORY / script).read_text()
+            names = {
+                *" ".join(re.findall(r"read_options '([\w ]+)'", text)).split(),
+                *re.findall(r"^ +--(\w+)\)", text, flags=re.M),
+            }
+            known = {f"--{name}" for name in names}
+        else:
+            known = {"--config"} | set(re.findall(r"--\w+", helps(script, capsys)))
+        own = words[words.index(script) :]
+        own = own[: own.index("--")] if "--" in own else own  # then comes another command
+        used = {word.split("=")[0] for word in own if word.startswith("--") and " " not in word}
+        assert used <= known, (words, used - known)
+        for option in ("--config", "--config_file", "--sources", "--recipes"):
+            if option in words:
+                assert (REPOSITORY / words[words.index(option) + 1]).exists(), words
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_named_paths_exist(path):
+    text = path.read_text()
+    folders = "recipes|scripts|space|src|tests|docs|experiments|benchmarks"
+    named = set(re.findall(rf"(?<![\w/.$-])(?:{folders})/[\w./-]*[\w/]", text))
+    named = {name for name in named if "NAME" not in name}  # what a reader puts there
+    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text) if path.suffix == ".md" else ():
+        assert (path.parent / link).exists(), link
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), flags=re.M))
+    for path in DOCUMENTS:
+        assert set(re.findall(r"^make (\w+)", path.read_text(), flags=re.M)) <= targets, path
+
+
+def test_figures_of_the_readme_are_published():
+    """Every figure of the section on teams is in the results of an experiment or in the document on the router."""
+    _, _, section = (REPOSITORY / "README.md").read_text().partition("## Is a team better than one model?")
+    section = section.partition("\n## ")[0]
+    published = "".join(path.parent.joinpath("results/README.md").read_text() for path in COMPARISONS)
+    figures = re.findall(r"[-+]?0\.\d{3}", section)
+    assert len(figures) > 4
+    assert [figure for figure in figures if figure not in published] == []
+    router = (REPOSITORY / "docs/router.md").read_text()
+    for share in re.findall(r"(\d\d) %", section):
+        assert re.search(rf"0\.{share}\d|0\.{int(share) - 1}[5-9]", router), share
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -40,13 +135,10 @@ def test_recipe_parses_strictly_with_its_own_script(recipe, monkeypatch):
     assert f"--config {recipe.relative_to(REPOSITORY)}" in recipe.read_text()
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_comparison_names_recipes_that_are_there(path):
-    comparison = read_comparison(path)
-    named = {comparison.expert_recipe, comparison.accelerate_config}
-    named |= {contestant.recipe for contestant in (*comparison.contestants, *comparison.levers) if contestant.recipe}
-    assert all((REPOSITORY / name).is_file() for name in named)
-    assert f"scripts/compare.py --config {path.relative_to(REPOSITORY)}" in path.read_text()
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
+def test_comparison_reads_and_says_how_it_is_run(path):
+    assert read_comparison(path).models
+    assert f"experiments/compare.py --config {path.relative_to(REPOSITORY)}" in path.read_text()
 
 
 @pytest.mark.parametrize("recipes", ["sample", "smollm2-135m"])
@@ -59,40 +151,8 @@ def test_team_and_dense_model_are_tuned_alike(recipes):
     assert different == {"start_from", "router_aux_loss_coef", "routing_steps", "routing_passages", "learning_rate"}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_named_paths_exist(document):
-    text = document.read_text()
-    named = set(re.findall(r"(?<![\w/.])(?:recipes|scripts|space|src|tests|docs|results)/[\w./-]*[\w/]", text))
-    assert named
-    missing = {name for name in named if not (REPOSITORY / name).exists()}
-    assert not missing
-
-
-@pytest.mark.parametrize("document", DOCUMENTS[:2], ids=lambda path: path.name)
-def test_make_targets_and_options_exist(document):
-    text = document.read_text()
-    targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), flags=re.M))
-    assert set(re.findall(r"`?make (quick\w*|test|style|space)\b", text)) <= targets
-    blocks = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S)]
-    commands = [line for block in blocks for line in block.splitlines() if "scripts/" in line]
-    assert commands
-    for command in commands:
-        words = shlex.split(command, comments=True)
-        for script in [word for word in words if word.startswith("scripts/") and word.endswith((".py", ".sh"))]:
-            source = (REPOSITORY / script).read_text()
-            options = [word for word in words[words.index(script) :] if word.startswith("--")]
-            assert all(f"{option}" in source for option in options), command
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_script_shows_help(script):
-    ended = shell(sys.executable, script, "--help")
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert ended.stdout.startswith("usage: ")
-
-
 def test_quickstart_trains_the_roles_of_the_merge():
-    ended = shell(sys.executable, "-m", "finteam_experts.merge_config", "moe_merge.yaml")
+    ended = shell(sys.executable, "-m", "finteam_experts.merging.config", "moe_merge.yaml")
     assert ended.stdout == "macro micro quant\n"
 
 
@@ -101,3 +161,9 @@ def test_quickstart_refuses_what_it_does_not_know():
         ended = shell("bash", "scripts/quickstart.sh", *arguments)
         assert ended.returncode == 2
         assert message in ended.stderr
+
+
+def test_no_file_is_long():
+    files = subprocess.check_output(["git", "ls-files", "*.py", "*.sh"], cwd=REPOSITORY, text=True).split()
+    lengths = {name: (REPOSITORY / name).read_text().count("\n") for name in files if not name.startswith("tests/")}
+    assert {name: lines for name, lines in lengths.items() if lines > 250} == {}

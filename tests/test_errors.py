@@ -14,10 +14,10 @@ from datasets import Dataset
 
 from conftest import REPOSITORY, call, instruct_tune, shell, train_expert
 from finteam_experts import errors
-from finteam_experts.data import corpus_file, read_corpus, read_task, task_file, tasks_of
+from finteam_experts.data.files import corpus_file, read_corpus, read_task, task_file, tasks_of
+from finteam_experts.data.tasks import FOLDER, read_task_file
 from finteam_experts.errors import InputError
 from finteam_experts.runs import RECORD, read_record, require
-from finteam_experts.tasks import FOLDER, read_task_file
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def test_columns_of_a_streamed_corpus(new_run, tmp_path, values, message):
     [
         (
             ("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [No, Yes]"),
-            "label False, which YAML does not read as text",
+            "a label of doc_to_choice is False; a label is text",
         ),
         (
             ("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [1, 2]"),
-            "label 1, which YAML does not read",
+            "a label of doc_to_choice is 1",
         ),
         (("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [up, Up]"), "a label twice"),
         (("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [up]"), "two or more labels"),
@@ -100,7 +100,7 @@ def test_columns_of_a_streamed_corpus(new_run, tmp_path, values, message):
         (("max_text_tokens: 256", "max_text_tokens: many"), "metadata.max_text_tokens is 'many'"),
         (("task: fpb", "task: fbp"), "task is 'fbp'; it must be the file's name, 'fpb'"),
         (("metadata:", "metadata: {"), "line 1[0-9]: not YAML"),
-        (("metadata:", "meta:"), "no mapping called metadata"),
+        (("metadata:", "meta:"), "metadata is None; it must be a mapping"),
     ],
 )
 def test_a_wrong_task_file(tmp_path, change, message):

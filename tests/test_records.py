@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import REPOSITORY, call, fit_router, instruct_tune, train_expert
-from finteam_experts import runs, tasks
-from finteam_experts.arguments import BaseModelConfig, settings
-from finteam_experts.data import corpus_file, task_file
+from finteam_experts import runs
+from finteam_experts.data import tasks
+from finteam_experts.data.files import corpus_file, task_file
 from finteam_experts.errors import InputError, NotFiniteError
-from finteam_experts.models import PARTS, fingerprint
+from finteam_experts.files import write_json
+from finteam_experts.fingerprints import PARTS, fingerprint
+from finteam_experts.training.arguments import BaseModelConfig, settings
 
 
 def merge(run_dir, *arguments):
@@ -87,7 +89,7 @@ def test_a_changed_expert_of_a_team_is_noticed(copied_run):
     path = copied_run / "moe/model.safetensors"
     before = fingerprint(copied_run / "moe")
     tensors = load_file(path)
-    tensors["model.layers.1.mlp.experts.down_proj"][2] *= 2
+    tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"] *= 2
     save_file(tensors, path, metadata={"format": "pt"})
     now = fingerprint(copied_run / "moe")
     assert {part for part in PARTS if now[part] != before[part]} == {"weights"}
@@ -166,7 +168,7 @@ def test_precision_that_comes_from_accelerate_is_recorded(monkeypatch):
 
 def test_figures_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(NotFiniteError, match="report.json was not written: one of its figures is NaN"):
-        runs.write_json(tmp_path / "report.json", {"loss": float("nan")})
+        write_json(tmp_path / "report.json", {"loss": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
@@ -222,7 +224,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, moment):
             runs.finish(target, {"results": 1}, keep=("weights",))
     assert (target / "weights").read_text() == "1"
     record = runs.read_record(work)
-    runs.write_json(work / runs.RECORD, {**record, "results": 2, "files": ["finteam.json", "weights"]})
+    write_json(work / runs.RECORD, {**record, "results": 2, "files": ["finteam.json", "weights"]})
     if moment != "recorded":
         target.rename(tmp_path / "step.replaced")
     if moment == "put in place":
@@ -238,7 +240,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, moment):
 def test_a_symlinked_folder_can_be_replaced(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    runs.write_json(elsewhere / runs.RECORD, {"step": "a step", "inputs": {"number": 1}})
+    write_json(elsewhere / runs.RECORD, {"step": "a step", "inputs": {"number": 1}})
     (tmp_path / "step").symlink_to(elsewhere)
     runs.begin(tmp_path / "step", "a step", {"number": 2}, overwrite=True)
     runs.finish(tmp_path / "step", {})
@@ -251,7 +253,7 @@ def test_the_router_of_a_tuned_team_is_replaced_in_place(copied_run, monkeypatch
     before = load_file(copied_run / "moe-instruct/model.safetensors")
     refit = ("--model", "moe-instruct", "--chat_share", "0.5", "--scale", "4")
     with monkeypatch.context() as patched:
-        patched.setattr("finteam_experts.gates.save_file", _interrupt)
+        patched.setattr("finteam_experts.merging.gates.save_file", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit_router(copied_run, *refit)
     runs.unlock(copied_run / "moe-instruct")

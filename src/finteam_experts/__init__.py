@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recipes and scripts of FinTeamExperts share: roles, data, tasks, models, routing and run folders."""
+"""The library behind the recipes and scripts of FinTeamExperts."""

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model folders: finding, checking and loading them, and telling two bases apart."""
+"""Model folders: finding, checking and loading them."""
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -15,18 +10,24 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from finteam_experts.chats import ChatFormat, TemplateError, chat_format
-from finteam_experts.errors import InputError, read_json
-from finteam_experts.release import COMPANION_FILES, GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_FILES
-from finteam_experts.shards import INDEX, StoredTensors, open_tensors, weight_files
-from finteam_experts.tasks import SYSTEM_PROMPT
+from finteam_experts.data.tasks import SYSTEM_PROMPT
+from finteam_experts.errors import InputError
+from finteam_experts.files import read_json
+from finteam_experts.weights import INDEX, StoredTensors, open_tensors, weight_files
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # what becomes the experts of the MoE
 ADAPTER_FILE = "adapter_model.safetensors"
 SUPPORTED_TYPES = ("llama", "mistral")
-# What a model folder holds that shapes results: texts are scored and written with all of it, a LoRA on plain text is trained
-# with the first three.
-PARTS = ("weights", "config", "tokenizer", "chat_template", "generation_config")
-PLAIN_TEXT_PARTS = PARTS[:3]
+# Files beside the weights that a derived model takes over from its base
+TOKENIZER_FILES = (
+    "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_FILE = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+COMPANION_FILES = (*TOKENIZER_FILES, TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_FILE)
 
 
 def local_folder(name: str) -> Path:
@@ -70,8 +71,8 @@ def check_config(config: PretrainedConfig, where: Path | str) -> None:
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise InputError(
-            f"{where}/config.json: the weights are quantised ({method}), which can't be merged. Choose the original weights; "
-            "load_in_4bit in the recipe quantises them for the training alone."
+            f"{where}/config.json: the weights are quantised ({method}), which can't be merged. Choose the original "
+            "weights; load_in_4bit in the recipe quantises them for the training alone."
         )
 
 
@@ -93,13 +94,12 @@ def check_base(folder: Path) -> PretrainedConfig:
 
 def _check_tensors(folder: Path, config: PretrainedConfig) -> None:
     with init_empty_weights():
-        wanted = {
-            name: list(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
-        }
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    with StoredTensors(weight_files(folder)) as stored:
+    with StoredTensors(folder) as stored:
         stored.dtype()
-        found = {name: stored.slice(name).get_shape() for name in stored}
+        found = {name: stored.shape(name) for name in stored}
         if config.tie_word_embeddings:
             if head in found and not torch.equal(stored[head], stored[embedding]):
                 raise InputError(
@@ -109,9 +109,8 @@ def _check_tensors(folder: Path, config: PretrainedConfig) -> None:
             wanted.pop(head)
             found.pop(head, None)
     for what, names in (
-        ("lack", wanted.keys() - found.keys()),
-        ("have, unlike its architecture,", found.keys() - wanted.keys()),
-    ):
+        ("lack", wanted.keys() - found.keys()), ("have, unlike its architecture,", found.keys() - wanted.keys()),
+    ):  # fmt: skip
         if names:
             raise InputError(
                 f"{folder}: its weights {what} {', '.join(sorted(names)[:3])} ({len(names)} in all). config.json and weights "
@@ -162,100 +161,40 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> torch.nn.Modu
         open_tensors(file)
     read_config(folder)
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    check_loading(report, str(folder))
+    return model.eval()
+
+
+def check_loading(report: dict, what: str) -> None:
+    """Raise `InputError` if transformers' loading report names weights that are missing, left over or of a wrong shape."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
-            raise InputError(f"{folder}: {kind.replace('_', ' ')} in the weights: {sorted(report[kind])[:5]}")
-    return model.eval()
+            raise InputError(f"{what}: {kind.replace('_', ' ')} in the weights: {sorted(report[kind])[:5]}")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The type of a model's weights: as its config says or, if that says nothing, as most of them are stored."""
     if dtype := read_config(folder).dtype:
         return dtype
-    with StoredTensors(weight_files(folder)) as tensors:
+    with StoredTensors(folder) as tensors:
         return tensors.dtype()
 
 
-def parameter_counts(folder: Path) -> dict[str, int]:
-    """A model's parameters, `total` and those `active` in each token, from its config alone."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
+def is_moe(config: PretrainedConfig) -> bool:
+    return config.model_type == "mixtral"
+
+
+def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
+    """A model's parameters: `total`, those `active` per token, and those in `experts`. It may be on the meta device."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    unused = 1 - model.config.num_experts_per_tok / model.config.num_local_experts if experts else 0
+    return {"total": total, "active": total - round(experts * unused), "experts": experts}
+
+
+def empty_model(config: PretrainedConfig) -> torch.nn.Module:
+    """The model of that config on the meta device, to count its parameters."""
+    with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
-    used = config.num_experts_per_tok / config.num_local_experts if experts else 1
-    return {"total": total, "active": total - round(experts * (1 - used))}
-
-
-def fingerprint(folder: Path, parts: Collection[str] = PARTS) -> dict[str, str]:
-    """16 hex digits for each of these parts of a model folder, that change with any byte of it (about 1.5 GB a second)."""
-    makers = {
-        "weights": lambda: _digest({file.name: file for file in weight_files(folder)}),
-        "config": lambda: _digest({"config.json": folder / "config.json"}),
-        "tokenizer": lambda: _digest({name: folder / name for name in TOKENIZER_FILES}, _without_template(folder)),
-        "chat_template": lambda: _digest(
-            {TEMPLATE_FILE: folder / TEMPLATE_FILE}, str(_tokenizer_settings(folder).get(_TEMPLATE))
-        ),
-        "generation_config": lambda: _digest({GENERATION_FILE: folder / GENERATION_FILE}),
-    }
-    return {part: makers[part]() for part in parts}
-
-
-def is_model(folder: Path, recorded: object) -> bool:
-    """Whether the model in `folder` has the fingerprint that a record holds, in the parts that it holds."""
-    known = isinstance(recorded, dict) and recorded.keys() <= set(PARTS)
-    return known and fingerprint(folder, recorded) == recorded
-
-
-def _digest(files: dict[str, Path], *texts: str) -> str:
-    """Of the files that exist, by name, read in parallel (hashing leaves Python's lock free), and of the texts."""
-    present = {name: file for name, file in sorted(files.items()) if file.is_file()}
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda file: hashlib.file_digest(file.open("rb"), "sha256").hexdigest(), present.values())
-        return hashlib.sha256(repr((list(present), list(digests), texts)).encode()).hexdigest()[:16]
-
-
-_TEMPLATE = "chat_template"  # older folders have it among the tokenizer's settings
-
-
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _without_template(folder: Path) -> str:
-    settings = _tokenizer_settings(folder)
-    settings.pop(_TEMPLATE, None)
-    return json.dumps(settings, sort_keys=True)
-
-
-def stored_tensors(
-    folder: Path, wanted: Callable[[str], bool] = lambda name: True
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a model folder by name, one at a time and without their model, if their name is `wanted`."""
-    with StoredTensors(weight_files(folder)) as tensors:
-        for name in filter(wanted, tensors):
-            yield name, tensors[name]
-
-
-def adapts_split_experts(config: PretrainedConfig, target_modules: Collection[str] | None) -> bool:
-    """Whether a LoRA on modules of these names is meant for an MoE's experts as linear layers."""
-    return config.model_type == "mixtral" and not set(MLP_MODULES).isdisjoint(target_modules or ())
-
-
-@torch.no_grad()
-def weight_average(folders: list[Path]) -> torch.nn.Module:
-    """The dense model whose MLPs are the mean of the experts' (all else they have from the base)."""
-    model = load_model(folders[0])
-    mean = {name: tensor / len(folders) for name, tensor in model.state_dict().items() if _in_mlp(name)}
-    for folder in folders[1:]:
-        for name, tensor in load_model(folder).state_dict().items():
-            if _in_mlp(name):
-                mean[name] += tensor / len(folders)
-    model.load_state_dict(mean, strict=False)
     return model
-
-
-def _in_mlp(name: str) -> bool:
-    return any(f".mlp.{module}." in name for module in MLP_MODULES)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run folders: steps that are skipped when complete, resumed when cut off, and never mixed with another configuration.
+"""Run folders: steps that are skipped when complete, resumed when interrupted, and never mixed with another configuration.
 
-A step builds `TARGET.incomplete` and renames it to `TARGET` at the end, so a target that exists is complete. Both carry
-`finteam.json`: the step's name, the inputs it was started with, and, once complete, its results. One process at a time works
-on a target. A process that is killed at any moment leaves nothing that stops the same command.
+A step builds `TARGET.incomplete` and renames it to `TARGET` at the end, so a target that exists is complete. Both hold
+`finteam.json`: the step's name, the inputs it was started with and, once complete, its results. One process at a time
+works on a target. The same command goes on after a process was killed at any moment.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from finteam_experts.errors import InputError, NotFiniteError, read_json
+from finteam_experts.errors import InputError
+from finteam_experts.files import read_json, write_json
 
 RECORD = "finteam.json"
 _FILES = "files"  # in the record of a finished step: what its folder keeps
@@ -45,19 +45,15 @@ def read_record(target: Path) -> dict[str, Any]:
 
 
 def begin(
-    target: Path,
-    step: str,
-    inputs: dict[str, Any],
-    *,
-    overwrite: bool = False,
+    target: Path, step: str, inputs: dict[str, Any], *, overwrite: bool = False,
     has_progress: Callable[[Path], bool] | None = None,
-) -> Path | None:
+) -> Path | None:  # fmt: skip
     """Return the folder to build `target` in, fresh or as an interrupted run left it; `None` if `target` is complete.
 
     Raises `InputError` if another process is at work on `target`, or if `target` or its unfinished folder was started with
-    other inputs: it names each difference. An unfinished folder without progress (see `has_progress`; by default one that holds
-    nothing but its record) is started again instead. With `overwrite` both are made again, and a complete `target` is replaced
-    once its successor is whole.
+    other inputs: it names each difference. An unfinished folder without progress (see `has_progress`; by default one that
+    holds nothing but its record) is started again instead. With `overwrite` both are made again, and a complete `target` is
+    replaced once its successor is whole.
     """
     work, now = work_folder(target), {"step": step, **inputs}
     lock(target)
@@ -83,7 +79,7 @@ def begin(
         else:
             check_same_inputs(work, _inputs(work), now, advice)
     if work.exists():
-        print(f"{work} was cut off: resuming")
+        print(f"{work} was interrupted: resuming")
     else:
         work.mkdir(parents=True)
         write_json(work / RECORD, {"step": step, "inputs": inputs})
@@ -113,7 +109,7 @@ def finish_report(target: Path, results: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def changed_in_place(target: Path, record: dict[str, Any], advice: str) -> Iterator[None]:
-    """Replace files of a complete folder one by one. It is locked and `require` refuses it with `advice` until that is done.
+    """Replace files of a complete folder one by one. It is locked, and `require` refuses it with `advice` until that is done.
 
     `record` is what finteam.json says once the context ends without an error.
     """
@@ -125,7 +121,7 @@ def changed_in_place(target: Path, record: dict[str, Any], advice: str) -> Itera
 
 
 def is_unfinished(record: dict[str, Any]) -> bool:
-    """Whether a change of that folder was cut off."""
+    """Whether a change of that folder was interrupted."""
     return _UNFINISHED in record
 
 
@@ -149,7 +145,7 @@ def require(folder: Path, made_by: str, *, unfinished: bool = False) -> dict[str
 
 def lock(target: Path) -> None:
     """Keep other processes from `target` until `unlock` or the end of this process; `InputError` if one is at work on it."""
-    path = target.with_name(f".{target.name}.lock").absolute()
+    path = _lock_file(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     held = _locks.setdefault(path, FileLock(path))
     try:
@@ -157,54 +153,13 @@ def lock(target: Path) -> None:
             held.acquire(timeout=0)
     except Timeout:
         _locks.pop(path)
-        raise InputError(
-            f"another process is at work on {target}. Wait for it to end, or name another --run_dir."
-        ) from None
+        advice = "Wait for it to end, or name another --run_dir."
+        raise InputError(f"another process is at work on {target}. {advice}") from None
 
 
 def unlock(target: Path) -> None:
-    path = target.with_name(f".{target.name}.lock").absolute()
-    if path in _locks:
-        _locks.pop(path).release()
-
-
-def file_hash(path: Path) -> str:
-    """The first 16 hex digits of the file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def check_disk_room(folder: Path, needed_bytes: int) -> None:
-    """Raise `InputError` unless the disk that holds (or will hold) `folder` has `needed_bytes` free."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise InputError(
-            f"{folder} needs {needed_bytes / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. "
-            "Free some space, or name a run folder on another disk with --run_dir."
-        )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that `path` is either whole or not there at all; `NotFiniteError` for NaN or infinity."""
-    try:
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    except ValueError:
-        raise NotFiniteError(
-            f"{path} was not written: one of its figures is NaN or infinite. Look at the weights and the log of the model "
-            "that it is of."
-        ) from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def remove_all_but(folder: Path, keep: Iterable[str]) -> None:
-    """Delete what is in `folder` besides the files and folders named in `keep`."""
-    for path in folder.iterdir():
-        if path.name not in keep:
-            _remove(path)
+    if held := _locks.pop(_lock_file(target), None):
+        held.release()
 
 
 def check_same_inputs(what: Path | str, recorded: dict[str, Any], now: dict[str, Any], advice: str) -> None:
@@ -213,8 +168,12 @@ def check_same_inputs(what: Path | str, recorded: dict[str, Any], now: dict[str,
         raise InputError("\n  ".join([f"{what} was made with other inputs:", *rows]) + f"\n{advice}")
 
 
+def _lock_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock").absolute()
+
+
 def _recover(target: Path) -> None:
-    """Finish or undo what a killed process left half-way: a finished step's renaming, or a deletion."""
+    """Finish or undo what a killed process left half done: the renaming of a finished step, or a deletion."""
     work, aside = work_folder(target), _aside(target)
     if (work / RECORD).is_file() and _FILES in read_json(work / RECORD):
         _put_in_place(target)
@@ -226,10 +185,13 @@ def _recover(target: Path) -> None:
 
 def _put_in_place(target: Path) -> None:
     work, aside = work_folder(target), _aside(target)
-    remove_all_but(work, read_record(work)[_FILES])
+    keep = read_record(work)[_FILES]
+    for path in work.iterdir():
+        if path.name not in keep:
+            _remove(path)
     if _exists(target):  # only after `begin(..., overwrite=True)`
         _remove(aside)
-        os.replace(target, aside)  # renamed, since a deletion that is cut off would leave a part of it under its name
+        os.replace(target, aside)  # an interrupted deletion would leave a part of it under its name
     os.replace(work, target)
     _remove(aside)
 
@@ -276,8 +238,5 @@ def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

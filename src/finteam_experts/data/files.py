@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data directory: role corpora and task rows as JSON lines, read with errors that name file and line.
+
+    corpora/{role}.jsonl, corpora/{role}_heldout.jsonl      {"text": str}
+    tasks/{task}_train.jsonl, tasks/{task}_test.jsonl       {"text": str, "label": str, "question": str (optional)}
+
+Other columns are allowed and ignored. A task may have a TASK_valid.jsonl as well; where it has none, a tenth of its train
+rows serves for validation.
+"""
+
+import hashlib
+import json
+import random
+import unicodedata
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finteam_experts.data.tasks import TASKS
+from finteam_experts.errors import InputError, is_main_process, nearest
+from finteam_experts.files import write_text
+
+FEWEST_PASSAGES = 32  # of a corpus, for the router
+CONTRACT = (
+    "A data directory has corpora/ROLE.jsonl, corpora/ROLE_heldout.jsonl, tasks/TASK_train.jsonl and tasks/TASK_test.jsonl; "
+    "scripts/make_sample_data.py writes one."
+)
+Row = dict[str, str]
+
+
+def corpus_file(data_dir: Path, role: str, *, heldout: bool = False) -> Path:
+    return data_dir / "corpora" / f"{role}{'_heldout' if heldout else ''}.jsonl"
+
+
+def task_file(data_dir: Path, task: str, split: str) -> Path:
+    return data_dir / "tasks" / f"{task}_{split}.jsonl"
+
+
+@cache
+def tasks_of(data_dir: Path) -> list[str]:
+    """The tasks that a data directory has rows of; `InputError` if it has none. Rows of unknown tasks are reported."""
+    found = {path.stem.rpartition("_")[0] for path in (data_dir / "tasks").glob("*_*.jsonl")}
+    if not found & set(TASKS):
+        raise InputError(f"{data_dir}/tasks has no TASK_train.jsonl and TASK_test.jsonl of any of {', '.join(TASKS)}.")
+    for name in sorted(found - set(TASKS)) if is_main_process() else ():
+        print(f"{data_dir}/tasks/{name}_*.jsonl are left out: there is no task '{name}'.{nearest(name, TASKS)}")
+    return [name for name in TASKS if name in found]
+
+
+def check_passages(data_dir: Path, role: str, passages: list[str]) -> None:
+    """Raise `InputError` unless the role's corpus has the passages that the fit of the router needs."""
+    if len(passages) < FEWEST_PASSAGES:
+        found = f"{corpus_file(data_dir, role)} has {len(passages)} passages"
+        raise InputError(f"{found}. The router needs {FEWEST_PASSAGES} or more of each role: add some.")
+
+
+def read_corpus(data_dir: Path, role: str, *, heldout: bool = False) -> list[str]:
+    """The passages of one role's corpus."""
+    return [row["text"] for row in read_rows(corpus_file(data_dir, role, heldout=heldout), ("text",))]
+
+
+def evenly_spread(passages: list[str], count: int) -> list[str]:
+    """`count` of the passages, or all of fewer, evenly spread over them: a corpus may be ordered by source."""
+    return [passages[place] for place in np.linspace(0, len(passages) - 1, min(count, len(passages)), dtype=int)]
+
+
+def read_task(data_dir: Path, task: str, split: str) -> list[Row]:
+    """The rows of one task and split, each with `text`, `label` and, if it asks its own, `question`.
+
+    `train` is the whole file, `valid` the rows of train that are `held_out` if there is no file for it. A row whose question
+    is null or blank asks the task's. Raises `InputError` for a missing or empty file, a missing column, an unknown label or
+    a question that is no text.
+    """
+    path, labels, found = scored_file(data_dir, task, split), TASKS[task].labels, []
+    for line, row in enumerate(read_rows(path, ("text", "label")), start=1):
+        label, question = row["label"], row.get("question")
+        if label not in labels:
+            known = f"{task} has the labels {', '.join(labels)}.{nearest(label, labels)}"
+            raise InputError(f"{path}, line {line}: unknown label '{label}'. {known}")
+        if question is not None and not isinstance(question, str):
+            advice = "Write text, or null for the task's own question."
+            raise InputError(f"{path}, line {line}: the question is {question!r}. {advice}")
+        own = {"question": question} if question and question.strip() else {}
+        found.append({"text": row["text"], "label": label} | own)
+    from_train = split == "valid" and path == task_file(data_dir, task, "train")
+    return [row for row in found if held_out(data_dir, task, row)] if from_train else found
+
+
+def scored_file(data_dir: Path, task: str, split: str) -> Path:
+    """The file that `read_task` takes the rows of a split from."""
+    path = task_file(data_dir, task, split)
+    return path if split != "valid" or path.is_file() else task_file(data_dir, task, "train")
+
+
+def rows_to_score(data_dir: Path, task: str, split: str, limit: int | None) -> list[Row]:
+    """The task's rows of that split, or `limit` of them, the same ones each time."""
+    rows = read_task(data_dir, task, split)
+    return rows if limit is None else random.Random(0).sample(rows, min(limit, len(rows)))
+
+
+def held_out(data_dir: Path, task: str, row: Row) -> bool:
+    """Whether a train row is one of the tenth that serves for validation. Rows with the same text go together."""
+    has_file = task_file(data_dir, task, "valid").is_file()
+    return not has_file and hashlib.sha256(text_key(row).encode()).digest()[0] % 10 == 0
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write JSON lines so that `path` is whole or not there."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; an `InputError` names the line that has no text in one of `columns`."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist. {CONTRACT}")
+    with path.open("rb") as lines:
+        rows = [_read_row(line, f"{path}, line {number}", columns) for number, line in enumerate(lines, start=1)]
+    if not rows:
+        raise InputError(f"{path} is empty. Fill it; every role and task of the run needs its files.")
+    return rows
+
+
+def _read_row(line: bytes, where: str, columns: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error.reason}). Convert it: iconv -f latin1 -t utf-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error}). Write one JSON object per line.") from None
+    for column in columns:
+        value = row.get(column) if isinstance(row, dict) else None
+        if not isinstance(value, str) or not value.strip():
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            expected = f"Expected the columns {', '.join(columns)}; found {found}."
+            raise InputError(f"{where}: no text in column '{column}'. {expected}")
+    for column, value in row.items():
+        if isinstance(value, str) and value.encode(errors="replace") != value.encode(errors="surrogatepass"):
+            raise InputError(f"{where}: column '{column}' holds half a character (a lone surrogate). Remove it.")
+    return row
+
+
+def text_key(row: Row) -> str:
+    """What two rows share if their texts count as the same: letters and digits, whatever their case and Unicode form.
+
+    A text without any, such as an emoji, is its own key.
+    """
+    text = unicodedata.normalize("NFKC", row["text"])
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text.casefold()))) or text.strip()

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that would be trained on and measured with, and rows that repeat one another: found before any work.
+
+Texts are compared by `text_key`, which knows no case, spacing, punctuation or Unicode form.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from finteam_experts.data.files import Row, corpus_file, read_rows, task_file, text_key
+from finteam_experts.errors import InputError
+
+TEST_TEXT = 40  # letters and digits from the middle of a test text: a passage that holds them holds the text
+
+
+def check_tasks(data_dir: Path, tasks: Iterable[str]) -> None:
+    """Raise `InputError` if a test row's text is in train or valid, or one of valid in train; it names both lines."""
+    for task in tasks:
+        files = {split: task_file(data_dir, task, split) for split in ("train", "valid", "test")}
+        files = {split: path for split, path in files.items() if split != "valid" or path.is_file()}
+        lines = {split: _lines(path) for split, path in files.items()}
+        for scored, trained in (("test", "train"), ("test", "valid"), ("valid", "train")):
+            if scored in files and trained in files:
+                _check_disjoint(files[scored], lines[scored], files[trained], lines[trained])
+
+
+def check_corpora(data_dir: Path, roles: Iterable[str], tasks: Iterable[str]) -> None:
+    """Raise `InputError` if a held-out passage or a test row of any task is in the corpus of one of these roles."""
+    holds = holds_test_text(data_dir, tasks)
+    for role in roles:
+        path, heldout_path = corpus_file(data_dir, role), corpus_file(data_dir, role, heldout=True)
+        passages = _lines(path)
+        _check_disjoint(heldout_path, _lines(heldout_path), path, passages)
+        for key, line in passages.items():
+            if found := holds(key):
+                raise InputError(
+                    f"{path}, line {line}: it holds the text of a test row, {found}. What was trained on measures nothing: "
+                    "remove the passage, or the row."
+                )
+
+
+def holds_test_text(data_dir: Path, tasks: Iterable[str]) -> Callable[[str], str | None]:
+    """A function of a passage's `text_key` that tells the file and line of the test row that it holds, if any."""
+    whole: dict[str, str] = {}
+    parts: dict[str, str] = {}
+    for task in tasks:
+        path = task_file(data_dir, task, "test")
+        for key, line in _lines(path).items() if path.is_file() else ():
+            whole[key] = place = f"{path}, line {line}"
+            at = (len(key) - TEST_TEXT) // 2  # price tables share their beginning
+            if at >= 0:
+                parts[key[at : at + TEST_TEXT]] = place
+
+    def found_in(key: str) -> str | None:
+        if key in whole or not parts:
+            return whole.get(key)
+        windows = (key[at : at + TEST_TEXT] for at in range(len(key) - TEST_TEXT + 1))
+        return next((parts[window] for window in windows if window in parts), None)
+
+    return found_in
+
+
+def repetitions(rows: list[Row]) -> dict[str, int]:
+    """How many task rows ask again what one before them asked: with the same label, and with another."""
+    labels: dict[Any, str] = {}
+    repeated = contradicting = 0
+    for row in rows:
+        first = labels.setdefault((text_key(row), row.get("question")), row["label"])
+        contradicting += first != row["label"]
+        repeated += 1
+    repeated -= len(labels) + contradicting
+    return {"repeated": repeated, "contradicting": contradicting}
+
+
+def _lines(path: Path) -> dict[str, int]:
+    """The first line of each text in a file of JSON lines, by key."""
+    lines: dict[str, int] = {}
+    for line, row in enumerate(read_rows(path, ("text",)), start=1):
+        lines.setdefault(text_key(row), line)
+    return lines
+
+
+def _check_disjoint(path: Path, lines: dict[str, int], trained_path: Path, trained: dict[str, int]) -> None:
+    for key, line in lines.items():
+        if key in trained:
+            raise InputError(
+                f"{path}, line {line}: the same text is in {trained_path}, line {trained[key]}. "
+                "A row that was trained on measures nothing: remove it from one of them."
+            )

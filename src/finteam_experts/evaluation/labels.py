@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring the labels of classification prompts: by log-likelihood, as a language model for lm-eval, or in an answer."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from finteam_experts.chats import ChatFormat
+from finteam_experts.data.tasks import FOLDER, SYSTEM_PROMPT
+from finteam_experts.errors import NotFiniteError
+from finteam_experts.evaluation.batches import padded_batches
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context tokens, continuation tokens)
+
+
+class LabelScoringLM(HFLM):
+    """lm-eval's `HFLM` that encodes the prompt of a row once for all of its labels (benchmarks/evaluation.py measures both).
+
+    One forward pass gives the log-likelihood of every label that agrees with it up to the label's last token, and the
+    vocabulary head runs on the label's positions only. Batches hold rows of similar length, `batch_tokens` tokens each.
+    With `bf16` all but the head computes in bfloat16; the head does not, since bfloat16 logits of two labels are often equal.
+
+    The tokens of prompt and label are those of the training, from `form`; lm-eval would concatenate the rendered prompt and
+    the label as text.
+    """
+
+    def __init__(self, *args, form: ChatFormat, batch_tokens: int = 2048, bf16: bool = False, **kwargs) -> None:
+        super().__init__(*args, tokenizer=form.tokenizer, **kwargs)
+        self.form = form
+        self.batch_tokens = batch_tokens
+        self.bf16 = bf16
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The question alone: `loglikelihood` makes a conversation of it."""
+        return chat_history[-1]["content"]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each request's label as the answer to its question, and whether it is what would be written."""
+        pairs = [request.args for request in requests]
+        exchanges = self.form.exchanges(pairs)
+        encoded = [(pair, e.prompt, e.answer) for pair, e in zip(pairs, exchanges, strict=True)]
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        scores: list[tuple[float, bool] | None] = [None] * len(requests)
+        passes = sorted(_passes(requests), key=lambda p: -len(p[0]))
+        with tqdm(total=len(requests), desc="label scores", disable=disable_tqdm or self.rank != 0) as progress:
+            while passes:
+                rows = max(1, self.batch_tokens // len(passes[0][0]))
+                batch, passes = passes[:rows], passes[rows:]
+                first = min(len(requests[members[0]][1]) for _, members in batch) - 1  # predicts a first label token
+                tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+                # Right padding needs no mask: under causal attention no earlier position sees it.
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    hidden = self.model.base_model(tokens.to(self.device), use_cache=False).last_hidden_state
+                head = self.model.get_output_embeddings()
+                logits = head(hidden[:, first:].to(head.weight.dtype))
+                log_probs = logits.float().log_softmax(-1)  # [rows, kept positions, vocabulary]
+                for row, (_, members) in zip(log_probs, batch, strict=True):
+                    for index in members:
+                        _, context, label = requests[index]
+                        start = len(context) - 1 - first
+                        own = row[start : start + len(label)]
+                        target = torch.tensor(label, device=own.device)
+                        total = own.gather(1, target[:, None]).sum().item()
+                        if not math.isfinite(total):
+                            found = f"the log-likelihood of a label is {total}: the model's weights are not finite"
+                            raise NotFiniteError(f"{found}, or overflow in their type. Look at its training log.")
+                        scores[index] = (total, bool((own.argmax(-1) == target).all()))
+                        progress.update()
+        return scores
+
+
+def _passes(requests: list[Request]) -> list[tuple[list[int], list[int]]]:
+    """The token sequences to run, each with the indices of the requests that it answers."""
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for index, (_, context, _) in enumerate(requests):
+        by_context.setdefault(tuple(context), []).append(index)
+    passes = []
+    for context, members in by_context.items():
+        # a label's last token is only predicted, never read; the longest go first and take shorter ones along
+        open_passes: list[tuple[list[int], list[int]]] = []
+        for index in sorted(members, key=lambda i: -len(requests[i][2])):
+            read = requests[index][2][:-1]
+            for tail, answered in open_passes:
+                if tail[: len(read)] == read:
+                    answered.append(index)
+                    break
+            else:
+                open_passes.append((read, [index]))
+        passes += [([*context, *tail], answered) for tail, answered in open_passes]
+    return passes
+
+
+def run_lm_eval(lm: HFLM, prompts: dict[str, list[str]], answers: dict[str, list[str]], work: Path) -> dict[str, Any]:
+    """lm-eval's output for the tasks that `prompts` names, in the chat format of training; `work` takes its data files."""
+    tasks = []
+    for name, own in prompts.items():
+        path = work.absolute() / f"{name}.jsonl"
+        rendered = [{"prompt": prompt, "label": label} for prompt, label in zip(own, answers[name], strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rendered))
+        definition = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+        tasks.append(definition | {"dataset_kwargs": {"data_files": {"test": str(path)}}})
+    return lm_eval.simple_evaluate(
+        lm,
+        tasks=tasks,
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        system_instruction=SYSTEM_PROMPT,
+        bootstrap_iters=0,  # scripts/evaluate.py computes errors, for all metrics alike
+    )
+
+
+def first_label(answer: str, labels: tuple[str, ...]) -> str | None:
+    """The label that stands first in a written answer, whatever its case; `None` if there is none."""
+    places = {label: answer.lower().find(label.lower()) for label in labels}
+    found = [label for label in labels if places[label] >= 0]
+    return min(found, key=lambda label: (places[label], -len(label)), default=None)
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: torch.nn.Module, form: ChatFormat, prompts: list[str], *, max_new_tokens: int = 8
+) -> list[str]:
+    """What the model writes in reply to each user message, always taking the likeliest token."""
+    answers, tokenizer = [""] * len(prompts), form.tokenizer
+    for rows, batch in padded_batches(form.prompts(prompts), tokenizer, title="answers", padding_side="left"):
+        batch = batch.to(model.device)
+        output = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+    return answers

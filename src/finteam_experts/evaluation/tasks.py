@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model on the tasks: label scores, written answers, routing; and what these figures say of several models."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from finteam_experts import runs
+from finteam_experts.chats import ChatFormat
+from finteam_experts.data.files import Row
+from finteam_experts.data.tasks import TASKS, render_all
+from finteam_experts.errors import InputError
+from finteam_experts.evaluation import metrics
+from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers, run_lm_eval
+from finteam_experts.evaluation.routing import expert_shares
+from finteam_experts.models import as_chats, is_moe, load_model, load_tokenizer
+from finteam_experts.training.experts import split_experts
+
+MAX_NEW_TOKENS = 8  # of a written answer
+ROUTING_ROWS = 8  # prompts per task whose routing is looked at
+Rows = dict[str, list[Row]]  # by task
+
+
+def evaluate_model(folder: Path, rows: Rows, work: Path, *, bf16: bool) -> dict[str, Any]:
+    """Score one model on `rows` of each task; returns its part of the report."""
+    start = time.monotonic()
+    form = as_chats(load_tokenizer(folder), folder)
+    model = load_model(folder).to(PartialState().device)
+    if is_moe(model.config) and model.device.type == "cpu":
+        split_experts(model)  # twice as fast there; a GPU has kernels for fused experts
+    prompts = {task: render_all(TASKS[task], rows[task], form.tokenizer) for task in rows}
+    _check_prompts(form, prompts, model.config.max_position_embeddings)
+    lm = LabelScoringLM(pretrained=model, form=form, bf16=bf16)
+    output = run_lm_eval(lm, prompts, {task: [row["label"] for row in rows[task]] for task in rows}, work)
+    report: dict[str, Any] = {"tasks": {}}
+    for task, own in rows.items():
+        samples, accuracy = output["samples"][task], output["results"][task]["acc,none"]
+        report["tasks"][task] = result = _label_report(task, own, samples)
+        if abs(result["accuracy"] - accuracy) > 1e-9:
+            raise RuntimeError(f"{task}: accuracy {result['accuracy']} differs from lm-eval's {accuracy}")
+        result["generated"] = _generated(model, form, task, own, prompts[task], samples)
+    if is_moe(model.config):
+        team = [member["name"] for member in runs.read_record(folder)["team"]]
+        report["routing"] = {task: _routing(model, form, team, prompts[task][:ROUTING_ROWS]) for task in rows}
+    return report | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _check_prompts(form: ChatFormat, prompts: dict[str, list[str]], positions: int) -> None:
+    """Raise `InputError` if a task's longest prompt does not fit into the model's positions, with room for an answer."""
+    for task, own in prompts.items():
+        longest = max(map(len, form.prompts(own))) + MAX_NEW_TOKENS
+        if longest > positions:
+            raise InputError(
+                f"{task}: its longest prompt and an answer are {longest} tokens, and the model has {positions} positions "
+                "(max_position_embeddings). Lower max_text_tokens in the task's YAML."
+            )
+
+
+def true_labels(task: str, rows: list[Row]) -> np.ndarray:
+    """Each row's label as its place in the task's list."""
+    return np.array([TASKS[task].labels.index(row["label"]) for row in rows])
+
+
+def _scored_labels(samples: list[dict[str, Any]]) -> torch.Tensor:
+    """The log-likelihoods of lm-eval's samples, [rows, labels]."""
+    return torch.tensor([[score for score, _ in sample["filtered_resps"]] for sample in samples], dtype=torch.double)
+
+
+def _label_report(task: str, rows: list[Row], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    labels, true, scored = TASKS[task].labels, true_labels(task, rows), _scored_labels(samples)
+    predicted = scored.argmax(-1).numpy()
+    return {
+        "n": len(samples),
+        # nats, of the true label among the task's: it moves before any prediction does
+        "label_loss": torch.nn.functional.cross_entropy(scored, torch.from_numpy(true)).item(),
+        **metrics.scores_with_errors(true, predicted, len(labels), metrics.text_units(rows)),
+        "predicted": {label: int((predicted == position).sum()) for position, label in enumerate(labels)},
+        "predictions": [labels[position] for position in predicted],
+    }
+
+
+def _generated(
+    model: torch.nn.Module, form: ChatFormat, task: str, rows: list[Row], prompts: list[str], samples: list[dict]
+) -> dict[str, float | bool]:
+    """Accuracy and weighted F1 of the first label in the greedy answer; an answer without one is wrong.
+
+    Where a label is the likeliest continuation, the answer begins with it: only the other rows are generated.
+    `unlike_scores` is whether this accuracy differs from that of the label scores by more than three standard errors.
+    """
+    labels, true = TASKS[task].labels, true_labels(task, rows)
+    answers: list[str | None] = [
+        next(
+            (label for label, (_, is_greedy) in zip(labels, sample["filtered_resps"], strict=True) if is_greedy), None
+        )
+        for sample in samples
+    ]
+    rest = [row for row, answer in enumerate(answers) if answer is None]
+    written = greedy_answers(model, form, [prompts[row] for row in rest], max_new_tokens=MAX_NEW_TOKENS)
+    for row, answer in zip(rest, written, strict=True):
+        answers[row] = first_label(answer, labels)
+    predicted = np.array([len(labels) if answer is None else labels.index(answer) for answer in answers])
+    scored = _scored_labels(samples).argmax(-1).numpy()
+    found = metrics.scores(metrics.confusion(true, predicted, len(labels) + 1))
+    return {
+        "accuracy": float(found["accuracy"]),
+        "weighted_f1": float(found["weighted_f1"]),
+        "without_label": int((predicted == len(labels)).sum()),
+        "unlike_scores": metrics.unlike_written(scored == true, predicted == true, metrics.text_units(rows)),
+    }
+
+
+def _routing(model: torch.nn.Module, form: ChatFormat, team: list[str], prompts: list[str]) -> dict[str, float]:
+    shares = np.mean([expert_shares(model, ids).mean(0).tolist() for ids in form.prompts(prompts)], axis=0)
+    return dict(zip(team, map(float, shares), strict=True))
+
+
+def majority(rows: Rows) -> dict[str, dict[str, Any]]:
+    """What always answering the most frequent label of the test rows would score."""
+    result = {}
+    for task, own in rows.items():
+        labels, true = TASKS[task].labels, true_labels(task, own)
+        label, _ = Counter(true.tolist()).most_common(1)[0]
+        errors = metrics.scores_with_errors(true, np.full_like(true, label), len(labels), metrics.text_units(own))
+        result[task] = {"label": labels[label], **errors}
+    return result
+
+
+def difference(models: dict[str, Any], rows: Rows, ours: str, theirs: str) -> dict[str, dict[str, Any]]:
+    """How far one model's main scores lie above another's, with 95 % intervals; empty if one of them is missing."""
+    if not {ours, theirs} <= set(models):
+        return {}
+    predictions = {
+        name: {
+            task: np.array([[TASKS[task].labels.index(label) for label in result["predictions"]]])
+            for task, result in models[name]["tasks"].items()
+        }
+        for name in (ours, theirs)
+    }
+    return {f"{ours} − {theirs}": metrics.difference_on_rows(rows, predictions[ours], predictions[theirs])}

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of the training recipes: parsed strictly, checked before any work, and recorded."""
+
+import dataclasses
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from accelerate import PartialState
+from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+from transformers import PretrainedConfig
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from finteam_experts.errors import InputError, nearest
+from finteam_experts.files import read_yaml
+from finteam_experts.models import is_moe
+
+# Settings that change what is shown, kept or where it is, never the weights: two runs may differ in them.
+_NOT_INPUTS = (
+    "output_dir", "run_dir", "data_dir", "merge_config", "model_name_or_path", "use_cpu", "disable_tqdm", "report_to",
+    "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "accelerator_config", "debug",
+    "role", "corpus", "routing_", "activation_checkpointing", "gradient_checkpointing",
+)  # fmt: skip
+
+_BASE = "What follows uses the base's own: put it into the base's folder, and name that folder with --base."
+_SCORED = "Nothing is evaluated while a recipe trains: scripts/evaluate.py scores the models, on validation rows with --split valid."
+_PUSHED = "scripts/publish.py pushes a run to the Hub, with its cards."
+_LOSS = "A tuning's loss is on the answers, an expert's on all of its text."
+# TRL's settings that the rest of the pipeline would not follow, by name or by the beginning of it.
+_REFUSED = {
+    "chat_template_path": _BASE, "eos_token": _BASE, "pad_token": _BASE, "trust_remote_code": "Only Llama and Mistral models are read.",
+    "model_revision": "Download that revision with `hf download ID --revision REVISION --local-dir DIR`, and name it with --base.",
+    "assistant_only_loss": _LOSS, "completion_only_loss": _LOSS,
+    "dataset_text_field": "Corpora have the column text; --corpus_column names another one of streamed files.",
+    "dataset_kwargs": "Rows are prepared by this package.", "truncation_mode": "Texts are cut at their end or not at all.",
+    "eval_": _SCORED, "do_eval": _SCORED, "do_predict": _SCORED, "per_device_eval_batch_size": _SCORED, "load_best_model_at_end": _SCORED,
+    "metric_for_best_model": _SCORED, "greater_is_better": _SCORED, "include_for_metrics": _SCORED, "batch_eval_metrics": _SCORED,
+    "prediction_loss_only": _SCORED, "push_to_hub": _PUSHED, "hub_": _PUSHED,
+    "resume_from_checkpoint": "The same command resumes by itself.",
+    "auto_find_batch_size": "It would change the batch while training: set per_device_train_batch_size to what fits.",
+    "output_dir": "It is set by run_dir, so that the next step finds it. Remove it, set run_dir.",
+}  # fmt: skip
+
+
+@dataclass
+class RunArguments:
+    run_dir: str = field(
+        default="outputs/quickstart", metadata={"help": "Run folder; every step has its place in it."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Data directory. Defaults to RUN_DIR/data."})
+    rows_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Rows of an optimiser step in all processes together; sets gradient_accumulation_steps."},
+    )
+    cpu_speedups: bool = field(default=True, metadata={"help": "Use what makes training fast on a CPU."})
+
+    @property
+    def data(self) -> Path:
+        return Path(self.data_dir or Path(self.run_dir) / "data")
+
+    def share_batch(self, training_args: SFTConfig) -> None:
+        """Set how often each process accumulates gradients, so that an optimiser step has `rows_per_step` rows anywhere.
+
+        Raises `InputError` if the processes can't share them equally.
+        """
+        if self.rows_per_step is None:
+            return
+        processes, rows = PartialState().num_processes, training_args.per_device_train_batch_size
+        if training_args.gradient_accumulation_steps != 1:
+            raise InputError("rows_per_step and gradient_accumulation_steps are both set. Leave the second one out.")
+        if self.rows_per_step < 1 or self.rows_per_step % (processes * rows):
+            raise InputError(
+                f"rows_per_step is {self.rows_per_step}, which {processes} processes of per_device_train_batch_size {rows} can't "
+                f"share equally. Launch another number of processes, or set one of the two so that {self.rows_per_step} is a "
+                "multiple of processes times per_device_train_batch_size."
+            )
+        training_args.gradient_accumulation_steps = self.rows_per_step // (processes * rows)
+
+
+@dataclass
+class BaseModelConfig(ModelConfig):
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"aliases": ["--base"], "help": "Dense base: Hub id or folder. Defaults to RUN_DIR/base."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(
+            self.lora_target_modules, str
+        ):  # TRL takes a list of one apart, and PEFT reads a string as a pattern
+            self.lora_target_modules = [self.lora_target_modules]
+
+    def check_lora(self, config: PretrainedConfig, *, allowed: Collection[str] | None = None) -> None:
+        """Raise `InputError` unless this is a LoRA that the pipeline can merge into a model of that config.
+
+        With `allowed` it may be on modules of these names alone. All else in the decoder layers can be merged, and an MoE's
+        router trained in full.
+        """
+        targets, parameters = self.lora_target_modules or [], self.lora_target_parameters
+        if not self.use_peft or not (targets or parameters):
+            raise InputError(
+                "use_peft is false or lora_target_modules is empty. These recipes train a LoRA: name its modules."
+            )
+        if "all-linear" in targets:
+            raise InputError(
+                "lora_target_modules is all-linear, which takes in an MoE's router too. Name the modules."
+            )
+        if allowed is not None and (not set(targets) <= set(allowed) or parameters):
+            raise InputError(
+                f"lora_target_modules is {', '.join(targets)}{' with lora_target_parameters' if parameters else ''}. A role "
+                f"expert adapts {', '.join(allowed)} only: the merge takes attention from the base and would drop the rest."
+            )
+        for outside in ("lm_head", "embed_tokens", "norm"):
+            if any(outside == target or target.endswith(f".{outside}") for target in targets):
+                raise InputError(
+                    f"lora_target_modules names {outside}. A merge takes over what is in the decoder layers' attention, MLP "
+                    "and router: leave it out."
+                )
+        saved = set(self.lora_modules_to_save or ())
+        if saved - ({"gate"} if is_moe(config) and allowed is None else set()):
+            raise InputError(
+                f"lora_modules_to_save is {', '.join(sorted(saved))}. A merge takes over a LoRA and, in the tuning of an MoE, a "
+                "router that is trained in full (gate): leave the rest out."
+            )
+
+
+def check_length(tokens: int | None, config: PretrainedConfig) -> None:
+    """Raise `InputError` if that many tokens are more than the model has positions for."""
+    if tokens and tokens > (positions := config.max_position_embeddings):
+        found = f"max_length is {tokens} tokens, and the model has {positions} positions (max_position_embeddings)"
+        raise InputError(f"{found}. Set it to that or less.")
+
+
+def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
+    """Parse the command line and its `--config` YAML into dataclasses.
+
+    Raises `InputError` for an unknown key, a value of a wrong type and a setting that the pipeline would not follow.
+    """
+    fields = {f.name: f for cls in argument_classes for f in dataclasses.fields(cls)}
+    if "--config" in sys.argv:
+        if sys.argv[-1] == "--config":
+            raise InputError("--config needs a recipe: --config recipes/sample/train_expert.yaml")
+        _check_recipe(Path(sys.argv[sys.argv.index("--config") + 1]), argument_classes, fields)
+    try:
+        parser = TrlParser(argument_classes, allow_abbrev=False)
+        *parsed, unknown = parser.parse_args_and_config(return_remaining_strings=True)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(str(error)) from None
+    if unknown:
+        known = {*fields, "base", "config"}
+        raise InputError(f"unknown argument '{unknown[0]}'.{nearest(unknown[0].lstrip('-').split('=')[0], known)}")
+    for arguments in parsed:
+        if isinstance(arguments, SFTConfig | ModelConfig):
+            _check_settings(arguments)
+        if isinstance(arguments, SFTConfig):
+            PartialState(
+                cpu=arguments.use_cpu
+            )  # created early, so that it picks the CPU backend where the recipe asks for it
+    return tuple(parsed)
+
+
+def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[str, dataclasses.Field]) -> None:
+    types = {name: hint for cls in argument_classes for name, hint in get_type_hints(cls).items()}
+    for key, value in read_yaml(path).items():
+        if key not in fields:
+            hint = " Did you mean 'model_name_or_path'?" if key == "base" else nearest(str(key), fields)
+            raise InputError(f"{path}: unknown key '{key}'.{hint}")
+        if value is None or value == fields[key].default:
+            continue
+        if isinstance(value, str) and types[key] == list[str] | None:
+            value = [value]
+        choices = fields[key].metadata.get("choices")
+        if choices and value not in choices:
+            listed = list(map(str, choices))
+            raise InputError(
+                f"{path}: {key} is {value!r}; it is one of {', '.join(listed)}.{nearest(str(value), listed)}"
+            )
+        try:
+            TypeAdapter(types[key]).validate_python(value)
+        except (PydanticSchemaGenerationError, PydanticUserError):  # a type that pydantic does not know
+            continue
+        except ValidationError as error:
+            raise InputError(f"{path}: {key} is {value!r}: {error.errors()[0]['msg'].lower()}.") from None
+        if isinstance(value, float) and types[key] in (int, int | None):
+            raise InputError(f"{path}: {key} is {value!r}; it must be a whole number, without a point.")
+
+
+def _check_settings(arguments: SFTConfig | ModelConfig) -> None:
+    for f in dataclasses.fields(arguments):
+        value = getattr(arguments, f.name)
+        if value == _default(f) or (f.name == "output_dir" and value == "trainer_output"):
+            continue
+        for name, reason in _REFUSED.items():
+            if f.name == name or (name.endswith("_") and f.name.startswith(name)):
+                found = value.value if isinstance(value, Enum) else value
+                raise InputError(f"{f.name} is {found!r}, which a recipe can't set. {reason}")
+    if isinstance(arguments, SFTConfig) and arguments.save_strategy == "best":
+        raise InputError(f"save_strategy is 'best'. {_SCORED} Set it to steps or epoch.")
+
+
+def settings(*arguments: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults and can change the weights, by name, an explicit null among them.
+
+    What overrides a recipe from outside is recorded as it is: accelerate's mixed precision and, unless `rows_per_step` makes
+    it irrelevant, the number of processes.
+    """
+    left_out = _NOT_INPUTS
+    shared = any(getattr(group, "rows_per_step", None) for group in arguments)
+    if shared:
+        left_out += ("gradient_accumulation_steps",)  # it follows from the number of processes
+    changed: dict[str, Any] = {}
+    for group in arguments:
+        for f in dataclasses.fields(group):
+            value = getattr(group, f.name)
+            if f.init and not f.name.startswith(left_out) and value != _default(f):
+                plain = value is None or isinstance(value, bool | int | float | str | list | dict)
+                changed[f.name] = value if plain else str(value)
+        if isinstance(group, SFTConfig):
+            changed["mixed_precision"] = group.mixed_precision
+    if not shared and PartialState().num_processes > 1:
+        changed["processes"] = PartialState().num_processes
+    return changed
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default_factory() if callable(f.default_factory) else f.default

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Mixtral whose experts are plain linear layers while it is trained or evaluated on a CPU.
+
+transformers keeps the experts of a layer in two fused tensors. PEFT adapts such a tensor by adding the product of its LoRA to
+it before every use, so that the backward pass computes the gradient of the whole tensor, as full tuning would. Linear layers
+take a LoRA as it is meant: the forward pass adds a small product, and no gradient of a frozen weight is computed.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from finteam_experts.errors import InputError
+from finteam_experts.models import MLP_MODULES, is_moe
+
+# Tokens of an expert are padded to a multiple of this. A CPU compiles a kernel for every new shape in bfloat16, and the
+# router gives each expert of each layer another number of tokens at every step: a third of the time went into that.
+ROWS = 32
+
+
+def adapts_linear_experts(config: PretrainedConfig, target_modules: Collection[str] | None) -> bool:
+    """Whether a LoRA on modules of these names is meant for an MoE's experts as linear layers."""
+    return is_moe(config) and not set(MLP_MODULES).isdisjoint(target_modules or ())
+
+
+class SplitExperts(nn.Module):
+    """The experts of one layer, with the interface of the fused module, whose memory they share."""
+
+    def __init__(self, fused: MixtralExperts, at_once: int | None = None) -> None:
+        super().__init__()
+        self.at_once = at_once
+        self.act_fn = fused.act_fn
+        self.experts = nn.ModuleList()
+        for gate_up, down in zip(fused.gate_up_proj.data, fused.down_proj.data, strict=True):
+            weights = zip(MLP_MODULES, (*gate_up.chunk(2), down), strict=True)
+            self.experts.append(nn.ModuleDict({name: _linear(weight) for name, weight in weights}))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Mix the chosen experts' outputs: `hidden_states` [tokens, hidden], the others [tokens, experts per token]."""
+        chosen = torch.ones_like(top_k_index, dtype=torch.bool)
+        if self.training and self.at_once:
+            drawn = torch.randperm(len(self.experts))[: self.at_once]
+            chosen = torch.isin(top_k_index, drawn.to(top_k_index.device))
+            top_k_weights = top_k_weights * chosen
+            top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
+        mixed = torch.zeros_like(hidden_states)
+        if top_k_index.shape[-1] == len(self.experts) and not self.at_once:  # nothing to gather
+            for place, expert in enumerate(self.experts):
+                gate = (top_k_weights * (top_k_index == place)).sum(-1, keepdim=True)
+                mixed = mixed + (self._output(expert, hidden_states) * gate).to(mixed.dtype)
+            return mixed
+        # One gather for all experts, and one sum
+        tokens, gates = [], []
+        for place in range(len(self.experts)):
+            token, choice = torch.where((top_k_index == place) & chosen)
+            missing = -len(token) % ROWS  # padded with the first token, at a weight of 0
+            tokens.append(nn.functional.pad(token, (0, missing)))
+            gates.append(nn.functional.pad(top_k_weights[token, choice], (0, missing)))
+        index = torch.cat(tokens)
+        own = hidden_states.index_select(0, index).split([len(token) for token in tokens])
+        # An expert without tokens takes part all the same: every process has to use the same parameters
+        outputs = torch.cat([self._output(expert, part) for expert, part in zip(self.experts, own, strict=True)])
+        return mixed.index_add(0, index, outputs.to(mixed.dtype) * torch.cat(gates)[:, None].to(mixed.dtype))
+
+    def _output(self, expert: nn.ModuleDict, hidden_states: torch.Tensor) -> torch.Tensor:
+        return expert["down_proj"](self.act_fn(expert["gate_proj"](hidden_states)) * expert["up_proj"](hidden_states))
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def split_experts(model: nn.Module, *, at_once: int | None = None) -> None:
+    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model.
+
+    With `at_once`, training uses only that many experts of a layer in each step, drawn again for every layer and step, with
+    their gates scaled to a sum of 1; evaluation uses all that the router chooses. It is the stochastic routing of AdaMix
+    (Wang et al. 2022, arXiv:2205.12410), in which each module learns to do without the others. A token needs one of the drawn
+    experts, so the router has to choose all of them: `InputError` otherwise.
+    """
+    used, experts = model.config.num_experts_per_tok, model.config.num_local_experts
+    if at_once is not None and not (1 <= at_once <= experts == used):
+        raise InputError(
+            f"experts_at_once: found {at_once}, for a model that uses {used} of {experts} experts per token. It is a number "
+            f"from 1 to {experts}, for a model whose tokens use all experts: merge it with --experts_per_token {experts}."
+        )
+    for layer in model.model.layers:
+        layer.mlp.experts = SplitExperts(layer.mlp.experts, at_once)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's SFT trainer with the CPU's loss, rows that choose their expert, and an end at the first loss that is not finite.
+
+It reads attributes of `SFTTrainer` that are no public interface: tests/training/test_trl.py checks that they are there.
+"""
+
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from finteam_experts.training import cpu
+from finteam_experts.training.checkpoints import not_finite
+from finteam_experts.training.task_routing import EXPERT, TaskRouting, with_experts
+
+
+class RecipeTrainer(SFTTrainer):
+    cpu_speedups = True
+    task_routing: TaskRouting | None = None
+
+    def route_by_task(self) -> None:
+        """Train each row in the expert that the dataset's column `expert` names."""
+        self.task_routing = TaskRouting(self.accelerator.unwrap_model(self.model).get_base_model())
+        self.data_collator = with_experts(self.data_collator)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.task_routing and EXPERT not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, EXPERT]
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise not_finite("the loss", self.args.output_dir, self.state.global_step + 1)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.task_routing:
+            self.task_routing.experts = inputs.pop(EXPERT)  # stays for the second forward pass of checkpointing
+        if self.cpu_speedups and not return_outputs and cpu.has_compact_loss(self, inputs):
+            return cpu.compact_loss(self, model, inputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

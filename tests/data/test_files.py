@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a data directory: what is wrong is named with its file and line."""
+
+import json
+import shutil
+
+import pytest
+
+from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus, read_task, task_file
+from finteam_experts.data.leaks import check_tasks
+from finteam_experts.data.mixture import tuning_rows
+from finteam_experts.data.prompts import HEADER, compact_prices
+from finteam_experts.data.tasks import TASKS, render
+from finteam_experts.errors import InputError
+
+
+@pytest.fixture
+def data(tmp_path, toy_data):
+    return shutil.copytree(toy_data, tmp_path / "data")
+
+
+def rewrite(path, line, row):
+    lines = path.read_text().splitlines()
+    lines[line - 1] = row if isinstance(row, str) else json.dumps(row)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_reads_every_file(data):
+    assert len(read_corpus(data, "macro")) == 60
+    for task in TASKS:
+        assert {"text", "label"} <= read_task(data, task, "test")[0].keys()
+
+
+def test_missing_and_empty_files(data):
+    corpus_file(data, "macro").unlink()
+    with pytest.raises(InputError, match=r"macro\.jsonl does not exist"):
+        read_corpus(data, "macro")
+    corpus_file(data, "micro").write_text("")
+    with pytest.raises(InputError, match=r"micro\.jsonl is empty"):
+        read_corpus(data, "micro")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"txt": "x", "label": "No"}, r"headlines_train\.jsonl, line 3: no text in column 'text'.*found txt, label"),
+        ({"text": "x", "label": "Maybe"}, r"line 3: unknown label 'Maybe'.*No, Yes"),
+        ({"text": " ", "label": "No"}, "line 3: no text in column 'text'"),
+        ("{not json", "line 3: not JSON"),
+        ("[1]", "line 3: no text in column 'text'.*found list"),
+    ],
+)
+def test_bad_rows(data, row, message):
+    rewrite(task_file(data, "headlines", "train"), 3, row)
+    with pytest.raises(InputError, match=message):
+        read_task(data, "headlines", "train")
+
+
+def test_unknown_label_names_the_nearest(data):
+    rewrite(task_file(data, "fpb", "train"), 1, {"text": "x", "label": "Positive"})
+    with pytest.raises(InputError, match="Did you mean 'positive'"):
+        read_task(data, "fpb", "train")
+
+
+def test_test_row_in_train(data):
+    row = json.loads(task_file(data, "fpb", "train").read_text().splitlines()[4])
+    rewrite(task_file(data, "fpb", "test"), 2, row | {"text": row["text"].upper() + " !"})
+    with pytest.raises(InputError, match=r"fpb_test\.jsonl, line 2: the same text is in .*fpb_train\.jsonl, line 5"):
+        check_tasks(data, ["fpb"])
+
+
+def test_prompt_keeps_the_question_when_the_text_is_long(toy_base):
+    from finteam_experts.models import load_tokenizer
+
+    tokenizer, task = load_tokenizer(toy_base), TASKS["headlines"]
+    prompt = render(task, {"text": "crude oil " * 400, "question": "Up or down?"}, tokenizer)
+    text = prompt.partition("\n\n")[0]
+    assert prompt.endswith("Up or down? Answer No or Yes.")
+    assert len(tokenizer(text)["input_ids"]) <= task.max_text_tokens < len(tokenizer("crude oil " * 400)["input_ids"])
+    assert render(TASKS["fpb"], {"text": "Short."}, tokenizer) == (
+        f"Short.\n\n{TASKS['fpb'].question} Answer negative, neutral or positive."
+    )
+
+
+def test_validation_rows_are_a_tenth_of_train_or_a_file_of_their_own(data):
+    path = task_file(data, "fpb", "train")
+    path.write_text("".join(json.dumps({"text": f"Text {n}.", "label": "neutral"}) + "\n" for n in range(600)))
+    valid = read_task(data, "fpb", "valid")
+    assert 30 < len(valid) < 100
+    limits = dict.fromkeys(TASKS)
+    held_back, all_rows = (tuning_rows(data, 0, limits, hold_out=flag) for flag in (True, False))
+    trained = [row for task, row in held_back if task == "fpb"]
+    assert len(trained) + len(valid) == 600
+    assert not {row["text"] for row in trained} & {row["text"] for row in valid}
+    assert sum(task == "fpb" for task, _ in all_rows) == 600
+
+    task_file(data, "fpb", "valid").write_text(json.dumps({"text": "Another.", "label": "neutral"}) + "\n")
+    assert [row["text"] for row in read_task(data, "fpb", "valid")] == ["Another."]
+    assert sum(task == "fpb" for task, _ in tuning_rows(data, 0, limits, hold_out=True)) == 600
+
+
+def test_tuning_rows_keep_their_limits_and_follow_the_seed(data):
+    limits = dict.fromkeys(TASKS, 9) | {"fiqasa": 4}
+    rows = tuning_rows(data, 0, limits, hold_out=False)
+    assert {task: sum(name == task for name, _ in rows) for task in TASKS} == limits
+    assert rows == tuning_rows(data, 0, limits, hold_out=False)
+    assert rows != tuning_rows(data, 1, limits, hold_out=False)
+
+
+def test_passages_are_spread_evenly():
+    assert evenly_spread(list("abcdefghi"), 3) == ["a", "e", "i"]
+    assert evenly_spread(["a", "b"], 5) == ["a", "b"]
+
+
+def test_price_windows_are_said_shortly():
+    """A published row: moves and the last day's averages in one line each, tweets with the newest first."""
+    days = [f"2015-06-0{day},0.1,0.2,-0.3,9.9,{day}.5,0.{day},1,2,3,4,-1.{day}" for day in (1, 2, 3)]
+    tweets = ["2015-06-01: $aep up, they say, 1,2,3,4,5,6,7,8,9,10,11", "2015-06-03: quiet"]
+    assert compact_prices("\n".join([HEADER, *days, *tweets])) == (
+        "Daily moves in %: 1.5, 2.5, 3.5\n"
+        "Averages against the close in %: 5 days 0.3, 30 days -1.3\n"
+        "2015-06-03: quiet\n2015-06-01: $aep up, they say, 1,2,3,4,5,6,7,8,9,10,11"
+    )
+    for other in ("Net sales rose.", HEADER, f"{HEADER}\nno numbers"):
+        assert compact_prices(other) == other

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sample data: enough of it, the same for the same seed, figures that add up, neither trivial nor impossible."""
+
+import random
+
+import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from conftest import call
+from finteam_experts.data.files import read_corpus, read_task
+from finteam_experts.data.sample.figures import make_company
+from finteam_experts.data.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        call("scripts/make_sample_data.py", "--run_dir", folder / name, "--seed", seed)
+    return folder
+
+
+@pytest.mark.parametrize("seed_run", ["first", "other"])
+@pytest.mark.parametrize("task", TASKS)
+def test_bag_of_words_is_neither_trivial_nor_impossible(runs, task, seed_run):
+    train, test = (read_task(runs / seed_run / "data", task, split) for split in ("train", "test"))
+    assert len(train) >= 600
+    assert len(test) >= 200
+    classifier = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1000))
+    classifier.fit([row["text"] for row in train], [row["label"] for row in train])
+    accuracy = classifier.score([row["text"] for row in test], [row["label"] for row in test])
+    assert 0.6 <= accuracy <= 0.9
+
+
+@pytest.mark.parametrize("role", ["macro", "micro", "quant"])
+def test_corpora(runs, role):
+    data = runs / "first" / "data"
+    train, heldout = read_corpus(data, role), read_corpus(data, role, heldout=True)
+    assert len(set(train)) >= 800
+    assert len(set(heldout)) >= 100
+    assert not set(train) & set(heldout)
+
+
+def test_same_seed_same_bytes(runs):
+    def content(name):
+        return {path.name: path.read_bytes() for path in (runs / name / "data").rglob("*.jsonl")}
+
+    assert content("first") == content("again")
+    assert content("first") != content("other")
+
+
+def test_statements_add_up():
+    rng = random.Random(3)
+    for company in (make_company(rng) for _ in range(200)):
+        for year in (0, 1):
+            parts = company.cost_of_sales, company.operating_expenses, company.interest, company.tax
+            assert company.net_profit(year) == pytest.approx(
+                company.revenue[year] - sum(p[year] for p in parts), abs=0.11
+            )
+        assert company.equity() + company.liabilities == pytest.approx(company.assets, abs=0.11)

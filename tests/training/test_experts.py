@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts as linear layers: the same function, the same gradients, and back again without a trace."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import REPOSITORY, SHORT, call
+from finteam_experts.errors import InputError
+from finteam_experts.merging.layout import on_disk
+from finteam_experts.models import load_model
+from finteam_experts.runs import read_record
+from finteam_experts.training.experts import split_experts
+from finteam_experts.training.trainer import RecipeTrainer
+
+
+@pytest.fixture
+def models(done_run):
+    fused = load_model(done_run / "moe")
+    split = copy.deepcopy(fused)
+    split_experts(split)
+    return fused, split
+
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+TOKENS = torch.arange(5, 45).view(2, 20)
+
+
+def test_same_logits(models):
+    fused, split = models
+    for model in (split, split.train()):
+        torch.testing.assert_close(model(TOKENS).logits, fused(TOKENS).logits, **CLOSE)
+
+
+def test_same_gradients(models):
+    fused, split = models
+    for model in models:
+        model.requires_grad_(True)
+        model(TOKENS, labels=TOKENS).loss.backward()
+    for ours, theirs in zip(split.model.layers, fused.model.layers, strict=True):
+        for place, expert in enumerate(ours.mlp.experts.experts):
+            gate_up = torch.cat([expert["gate_proj"].weight.grad, expert["up_proj"].weight.grad])
+            torch.testing.assert_close(gate_up, theirs.mlp.experts.gate_up_proj.grad[place], **CLOSE)
+            torch.testing.assert_close(
+                expert["down_proj"].weight.grad, theirs.mlp.experts.down_proj.grad[place], **CLOSE
+            )
+        torch.testing.assert_close(ours.mlp.gate.weight.grad, theirs.mlp.gate.weight.grad, **CLOSE)
+
+
+@pytest.fixture
+def layer_of_all(done_run):
+    """A layer whose tokens use all three experts, of which training takes `at_once`."""
+
+    def build(at_once):
+        model = load_model(done_run / "moe")
+        model.config.num_experts_per_tok = 3
+        for layer in model.model.layers:
+            layer.mlp.gate.top_k = 3
+        whole = copy.deepcopy(model.model.layers[0].mlp)
+        split_experts(model, at_once=at_once)
+        return model.model.layers[0].mlp, whole
+
+    return build
+
+
+def test_experts_at_once_are_drawn_anew_and_share_all_of_the_gate(layer_of_all):
+    mlp, whole = layer_of_all(1)
+    hidden = torch.randn(1, 12, mlp.experts.experts[0]["up_proj"].in_features)
+    alone = [
+        expert["down_proj"](mlp.experts.act_fn(expert["gate_proj"](hidden)) * expert["up_proj"](hidden))
+        for expert in mlp.experts.experts
+    ]
+    mlp.train()
+    torch.manual_seed(0)
+    drawn = set()
+    for _ in range(20):
+        mixed = mlp(hidden)
+        drawn.add(next(place for place, own in enumerate(alone) if torch.allclose(mixed, own, **CLOSE)))
+    assert drawn == {0, 1, 2}
+    torch.testing.assert_close(mlp.eval()(hidden), whole(hidden), **CLOSE)
+
+
+def test_two_experts_at_once_keep_the_ratio_of_their_gates(layer_of_all):
+    mlp, whole = layer_of_all(2)
+    hidden = torch.randn(1, 12, mlp.experts.experts[0]["up_proj"].in_features)
+    probabilities = torch.nn.functional.linear(hidden[0], mlp.gate.weight).softmax(-1)
+    torch.manual_seed(1)
+    mixed = mlp.train()(hidden)
+    found = []
+    for left_out in range(3):
+        gates = probabilities.clone()
+        gates[:, left_out] = 0
+        gates = gates / gates.sum(-1, keepdim=True)
+        outputs = [
+            expert["down_proj"](mlp.experts.act_fn(expert["gate_proj"](hidden)) * expert["up_proj"](hidden))[0]
+            for expert in mlp.experts.experts
+        ]
+        expected = sum(gates[:, [place]] * output for place, output in enumerate(outputs))
+        found.append(torch.allclose(mixed[0], expected, **CLOSE))
+    assert sum(found) == 1
+
+
+@pytest.mark.parametrize("at_once", [0, 4])
+def test_experts_at_once_out_of_range_are_refused(layer_of_all, at_once):
+    with pytest.raises(InputError, match=f"found {at_once}, for a model that uses 3 of 3"):
+        layer_of_all(at_once)
+
+
+def test_experts_at_once_need_a_router_that_chooses_all(done_run):
+    with pytest.raises(InputError, match="uses 2 of 3 experts per token.*--experts_per_token 3"):
+        split_experts(load_model(done_run / "moe"), at_once=1)
+
+
+def test_splitting_takes_no_memory(done_run):
+    model = load_model(done_run / "moe")
+    fused = model.model.layers[1].mlp.experts.gate_up_proj
+    split_experts(model)
+    linear = model.model.layers[1].mlp.experts.experts[2]["up_proj"]
+    assert linear.weight.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+
+
+def test_released_under_the_same_names_as_fused_experts(models):
+    fused, split = (on_disk(model.state_dict()) for model in models)
+    assert fused.keys() == split.keys()
+    assert all(torch.equal(fused[name], split[name]) for name in fused)
+
+
+def test_an_expert_that_no_token_chose_still_takes_part_in_the_backward_pass(models):
+    """Else processes of one launch would wait for each other's gradients for ever."""
+    _, split = models
+    split.train().requires_grad_(True)
+    for layer in split.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+        layer.mlp.gate.weight.data[0] = 0  # ties: the first two of three are chosen
+    split(TOKENS, labels=TOKENS).loss.backward()
+    unused = split.model.layers[0].mlp.experts.experts[2]["down_proj"].weight.grad
+    assert unused is not None
+    assert not unused.any()
+
+
+def tune(run_dir, *arguments):
+    recipe = REPOSITORY / "recipes/smollm2-135m/instruct_tune_moe.yaml"
+    call("recipes/instruct_tune.py", "--config", recipe, "--run_dir", run_dir, *SHORT, "--rows_per_task", 8,
+         "--rows_of_task", "{}", "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}", "--bf16", False,
+         "--dtype", "float32", *arguments)  # fmt: skip
+
+
+def test_tuning_split_experts_ends_with_a_fused_model(copied_run):
+    shutil.rmtree(copied_run / "moe-instruct")
+    tune(copied_run)
+    before, after = (dict(load_model(copied_run / name).state_dict()) for name in ("moe", "moe-instruct"))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) != ("self_attn" in name or ".mlp.experts." in name), name
+    results = read_record(copied_run / "moe-instruct")["results"]
+    assert results["merge_difference"] < 1e-4  # of the adapted, split model and the merged one
+    rank, layers, hidden, inner, experts = 4, 2, 32, 48, 3
+    mlp = 3 * rank * (hidden + inner)
+    attention = rank * (2 * (hidden + hidden) + 2 * (hidden + hidden // 2))
+    assert results["trainable_parameters"] == layers * (experts * mlp + attention)
+
+
+def test_interrupted_tuning_of_split_experts_resumes_to_the_same_weights(copied_run, tmp_path, monkeypatch):
+    shutil.rmtree(copied_run / "moe-instruct")
+    straight = shutil.copytree(copied_run, tmp_path / "straight")
+    tune(straight)
+
+    original = RecipeTrainer.save_model
+
+    def save_until_step_two(trainer, *arguments, **options):
+        if trainer.state.global_step > 2:
+            raise KeyboardInterrupt
+        return original(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RecipeTrainer, "save_model", save_until_step_two)
+        with pytest.raises(KeyboardInterrupt):
+            tune(copied_run)
+    tune(copied_run)
+    expected, resumed = (load_file(run / "moe-instruct/model.safetensors") for run in (straight, copied_run))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 1: what a role expert learns, how it resumes, and what it refuses."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from conftest import REPOSITORY, ROLES, SHORT, call, shell, train_expert
+from finteam_experts.data.files import read_corpus
+from finteam_experts.data.streams import stream_corpus
+from finteam_experts.errors import InputError
+from finteam_experts.models import MLP_MODULES
+from finteam_experts.runs import read_record, work_folder
+
+RECIPE = "recipes/sample/train_expert.yaml"
+
+
+def weights(run_dir, role="macro"):
+    return load_file(run_dir / "adapters" / role / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_changes_only_the_mlp_and_learns(done_run, role):
+    tensors = weights(done_run, role)
+    assert {name.split(".mlp.")[1].split(".")[0] for name in tensors} == set(MLP_MODULES)
+    assert all(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    results = read_record(done_run / "adapters" / role)["results"]
+    assert results["heldout_perplexity_after"] < results["heldout_perplexity_before"]
+    assert results["steps"] == 4
+
+
+def test_nothing_but_the_adapter_is_left(done_run):
+    files = {path.name for path in (done_run / "adapters" / "macro").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "finteam.json"}
+
+
+def test_complete_step_is_skipped_and_another_configuration_refused(copied_run, capsys):
+    train_expert(copied_run, "macro")
+    assert "macro is complete: skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"settings\.lora_r: recorded 4, now 8"):
+        train_expert(copied_run, "macro", "--lora_r", 8)
+    with (copied_run / "data/corpora/macro.jsonl").open("a") as file:
+        file.write('{"text": "Rates rose."}\n')
+    with pytest.raises(InputError, match="corpus: recorded"):
+        train_expert(copied_run, "macro")
+
+
+def test_a_stream_is_shuffled_and_shared_by_its_files(new_run, tmp_path):
+    for part in range(3):
+        texts = [f"Passage {part} {n} of a corpus that is sorted by date." for n in range(40)]
+        Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"part-{part}.parquet")
+    held = {"passage05ofacorpusthatissortedbydate"}
+    stream = stream_corpus(f"{tmp_path}/part-*.parquet", "text", 0, lambda key: "a test row" if key in held else None)
+    texts = [row["text"] for row in stream]
+    assert stream.num_shards == 3  # each process can read files of its own
+    assert len(texts) == len(set(texts)) == 119  # all but the one that holds a test row
+    assert texts != sorted(texts)
+    assert texts == [row["text"] for row in stream]
+    assert texts != [row["text"] for row in stream_corpus(f"{tmp_path}/part-*.parquet", "text", 1, lambda key: None)]
+
+
+def test_a_corpus_may_be_streamed_from_files_with_another_column(new_run, tmp_path):
+    texts = read_corpus(new_run / "data", "macro")
+    for part, own in enumerate((texts[:30], texts[30:])):
+        Dataset.from_dict({"section_7": ["", *own]}).to_parquet(tmp_path / f"part-{part}.parquet")
+    same = ("--packing_strategy", "bfd_split")
+    streamed = ("--corpus", tmp_path / "part-*.parquet", "--corpus_column", "section_7")
+    train_expert(new_run, "macro", *same, *streamed)
+    record = read_record(new_run / "adapters/macro")
+    corpus = record["inputs"]["corpus"]
+    assert (corpus["files"], corpus["column"]) == ("part-*.parquet", "section_7")  # no folder of this machine
+    assert record["results"]["steps"] == 4
+    assert record["results"]["heldout_perplexity_after"] < record["results"]["heldout_perplexity_before"]
+    with pytest.raises(InputError, match=r"corpus.files: recorded .*part-\*.parquet"):
+        train_expert(new_run, "macro", *same, "--corpus", tmp_path / "part-0.parquet", "--corpus_column", "section_7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--corpus", "{data}/corpora/macro.jsonl", "--max_steps", -1), "its end is not known"),
+        (("--corpus", "{data}/corpora/macro.jsonl", "--role", "shared"), "Name a role, and set max_steps"),
+        (("--corpus", "{data}/corpora/nothing.jsonl"), "nothing.jsonl: can't be read"),
+        (("--corpus", "{data}/corpora/macro.jsonl", "--corpus_column", "body"), "no column 'body'; it has "),
+    ],
+)
+def test_a_stream_that_cannot_be_used_is_refused_before_training(new_run, arguments, message):
+    with pytest.raises(InputError, match=message):
+        train_expert(new_run, "macro", *(str(part).format(data=new_run / "data") for part in arguments))
+    assert not (new_run / "adapters").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--role", "makro"), "unknown role 'makro'.*macro, micro, quant.*Did you mean 'macro'"),
+        (
+            ("--lora_target_modules", "q_proj", "up_proj"),
+            "lora_target_modules .* adapts gate_proj, up_proj, down_proj only",
+        ),
+        (("--learning_rat", "1"), "unknown argument '--learning_rat'.*Did you mean 'learning_rate'"),
+        (("--output_dir", "x"), "output_dir is 'x'.* It is set by run_dir"),
+        (("--data_dir", "nowhere"), r"nowhere/corpora/macro\.jsonl does not exist"),
+        (("--base", "nowhere"), "'nowhere' is neither a model folder .* nor a Hub id"),
+        (("--base", "nobody/no-such-model"), "could not be fetched from the Hub"),
+    ],
+)
+def test_bad_arguments(new_run, arguments, message):
+    with pytest.raises(InputError, match=message):
+        train_expert(new_run, "macro", *arguments)
+    assert not (new_run / "adapters").exists()
+
+
+def test_unknown_yaml_key_ends_the_command_with_a_message(new_run, tmp_path):
+    recipe = tmp_path / "typo.yaml"
+    recipe.write_text((REPOSITORY / RECIPE).read_text().replace("learning_rate:", "learning_rat:"))
+    ended = shell(
+        sys.executable, "recipes/train_expert.py", "--config", recipe, "--run_dir", new_run, "--role", "macro"
+    )
+    assert ended.returncode == 2
+    assert "typo.yaml: unknown key 'learning_rat'. Did you mean 'learning_rate'?" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_bases_that_cannot_become_experts(new_run, make_base):
+    with pytest.raises(InputError, match="attention_bias is true"):
+        train_expert(new_run, "macro", "--base", make_base(attention_bias=True))
+    other = make_base()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(InputError, match="model_type is 'gpt2'.*llama or mistral"):
+        train_expert(new_run, "macro", "--base", other)
+
+
+def test_tokenizer_without_chat_template(new_run):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(new_run / "base")
+    tokenizer.chat_template = None
+    (new_run / "base/chat_template.jinja").unlink()
+    tokenizer.save_pretrained(new_run / "base")
+    with pytest.raises(InputError, match="no chat template"):
+        train_expert(new_run, "macro")
+
+
+def test_shared_trunk_is_a_base_for_the_roles(new_run, capsys):
+    """It learns from every corpus, attention included, and the experts and the team start from it."""
+    all_linear = ("--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", *MLP_MODULES)
+    train_expert(new_run, "shared", *all_linear)
+    record = read_record(new_run / "trunk")
+    assert set(record["inputs"]["corpus"]) == set(ROLES)
+    assert record["results"]["heldout_perplexity_after"] < record["results"]["heldout_perplexity_before"]
+    assert record["results"]["heldout_passages"] == 3 * 8
+    base, trunk = (load_file(new_run / name / "model.safetensors") for name in ("base", "trunk"))
+    assert all(torch.equal(base[name], trunk[name]) != ("_proj" in name) for name in base)
+    assert not (new_run / "trunk/adapter").exists()
+    train_expert(new_run, "shared", *all_linear)
+    assert "trunk is complete: skipped" in capsys.readouterr().out
+
+    for role in ROLES:
+        train_expert(new_run, role, "--base", new_run / "trunk")
+    call("scripts/merge_moe.py", "--run_dir", new_run, "--base", new_run / "trunk")
+    moe = load_file(new_run / "moe/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(moe[name], trunk[name])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(new_run, tmp_path):
+    """SIGKILL right after a checkpoint appears, then the same command: the same weights to the last bit."""
+    straight = shutil.copytree(new_run, tmp_path / "straight")
+    train_expert(straight, "macro", "--max_steps", 30)
+
+    command = [sys.executable, "recipes/train_expert.py", "--config", RECIPE, "--run_dir", new_run, "--role", "macro",
+               "--max_length", "64", *SHORT, "--max_steps", "30"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = work_folder(new_run / "adapters/macro")
+    deadline = time.monotonic() + 120
+    while not list(work.glob("checkpoint-*/checkpoint_is_complete")) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (new_run / "adapters/macro").exists()
+    (work / "checkpoint-29").mkdir()  # as if cut off while writing: no complete mark
+    (work / "checkpoint-29/adapter_model.safetensors").write_bytes(b"half")
+
+    ended = shell(*command)
+    assert ended.returncode == 0, ended.stderr
+    assert "Resuming from step" in ended.stdout
+    expected, resumed = weights(straight), weights(new_run)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    before, after = (read_record(run / "adapters/macro")["results"] for run in (straight, new_run))
+    assert before == after
+
+
+@pytest.mark.slow
+def test_two_processes_under_accelerate(new_run):
+    ended = shell(
+        "accelerate", "launch", "--cpu", "--num_processes", "2", "recipes/train_expert.py", "--config", RECIPE,
+        "--run_dir", new_run, "--role", "macro", "--max_length", "64", *SHORT,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    results = read_record(new_run / "adapters/macro")["results"]
+    assert results["heldout_perplexity_after"] < results["heldout_perplexity_before"]
+    assert results["steps"] == 4
+    assert not list((new_run / "adapters").glob("*.incomplete"))
+    assert "cut off" not in ended.stdout
