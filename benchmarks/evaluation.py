@@ -24,7 +24,7 @@ from finteam_experts.models import as_chats, load_model, load_tokenizer, local_f
 
 
 def label_scores(output: dict) -> np.ndarray:
-    """How far every label's log-likelihood lies above its row's first label's, in the order of tasks, rows and labels.
+    """Every label's log-likelihood minus that of its row's first label, in the order of tasks, rows and labels.
 
     lm-eval also counts the white space at a prompt's end, which is the same for all labels of a row.
     """

@@ -80,7 +80,7 @@ def cost_table(comparison: Comparison, found: Results) -> str:
 
 
 def difference_table(comparison: Comparison, summary: dict[str, Any], names: list[str]) -> str:
-    """How far models lie above each baseline, with 95 % intervals; bold where an interval excludes zero."""
+    """Differences of models to each baseline, with 95 % intervals; bold where an interval excludes zero."""
     titles = {model.name: model.title for model in comparison.models}
     rows = []
     for name in names:

@@ -8,11 +8,15 @@
 # Run it again after a failure: a stage whose folder is complete is skipped, and one that was interrupted resumes from its
 # last checkpoint. The logs of the jobs are in RUN_DIR/logs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source recipes/stages.sh
+root=$(cd "$(dirname "$0")/.." && pwd)
+source "$root/recipes/stages.sh"
 
-merge_config=moe_merge.yaml nodes=1 gpus=8 sbatch=''
+merge_config=$root/moe_merge.yaml nodes=1 gpus=8 sbatch=''
 read_options 'recipes base run_dir data_dir merge_config nodes gpus sbatch' "$@"
+for name in recipes base run_dir data_dir merge_config; do  # the jobs start in the repository
+  if [ "$name" != base ] || [ -d "$base" ]; then printf -v "$name" %s "$(realpath -m "${!name}")"; fi
+done
+cd "$root"
 mkdir -p "$run_dir/logs"
 
 # One process per GPU. On several machines each starts its own, and the first machine of the job is the rendezvous.

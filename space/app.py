@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask the team: the answer streamed, and who of the analysts carried which part of it.
+"""Ask the team: a streamed answer, and which analyst carried which part of it.
 
     MODEL_ID=outputs/quickstart/moe-instruct python space/app.py
 
@@ -58,7 +58,7 @@ class Reply(TypedDict):
 
 
 def checked(text: str, what: str) -> str:
-    """The text without its margins; a `gr.Error` if it is empty or too long, whoever sent it."""
+    """The text, stripped; a `gr.Error` if it is empty or too long, from the page or over the API."""
     text = text.strip()
     if not text:
         raise gr.Error(f"Please type {what}.", print_exception=False)
@@ -189,7 +189,7 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
             label="Passages with their known label",
         )
 
-    # the team's answer and one analyst's alone stand side by side: each asking fills its own box
+    # the team's answer and a single analyst's are side by side: each question fills its own box
     def ask_on_page(question: str, analyst: str) -> Iterator[tuple]:
         with closing(ask(question, analyst)) as answers:
             for html, shares, layers, record in answers:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model behind the page: streamed answers, who carried which token, and the tasks' label probabilities."""
+"""The model behind the page: streamed answers, which analyst carried which token, and label probabilities of tasks."""
 
 import json
 import re
@@ -31,10 +31,12 @@ NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 @dataclass
 class Answer:
-    """What was answered to a question, complete or up to now."""
+    """An answer, complete or so far."""
 
     text: str
-    tokens: list[tuple[str, int]] = field(default_factory=list)  # piece of the text, place of who carried it
+    tokens: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # piece of the text, place of the analyst that carried it
     layers: list[list[float]] = field(default_factory=list)  # [layers, analysts] share of the gate weight
     foreign_numbers: list[str] = field(default_factory=list)  # in the answer and not in the question
 
@@ -99,7 +101,7 @@ class Team:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def stream(self, question: str, analyst: int | None = None) -> Iterator[Answer]:
-        """The growing answer of the team, or of one analyst alone; the last one also says who carried what."""
+        """The growing answer of the team, or of one analyst alone; the last one also says which analyst carried what."""
         with self._one_at_a_time:
             yield from self._stream(question, analyst)
 
@@ -141,7 +143,7 @@ class Team:
 
     @torch.no_grad()
     def routing(self, ids: torch.Tensor, start: int) -> tuple[list[tuple[str, int]], list[list[float]]]:
-        """Who carried each piece of the answer `ids[0, start:]`, and the shares [layers, analysts], in one forward pass.
+        """Which analyst carried each piece of the answer `ids[0, start:]`, and the shares [layers, analysts], in one forward pass.
 
         A token is carried by the analyst with most of the gate weight at the position that predicts it.
         """

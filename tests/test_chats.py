@@ -60,7 +60,7 @@ def test_prompt_answer_and_end(with_template, name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_data, monkeypatch, name):
+def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_data, name):
     """The rows that the recipe trains on, the requests that the evaluation scores, and the prompts that are answered."""
     folder = with_template(TEMPLATES[name])
     form = form_of(folder)
@@ -70,8 +70,13 @@ def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_dat
         script.TuneArguments(data_dir=str(toy_data), rows_per_task=2), args, form, [], read_config(folder)
     )
     assert len(rows) == 8
-    lm, scored = LabelScoringLM(pretrained=AutoModelForCausalLM.from_pretrained(folder), form=form), []
-    monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda requests, **_: scored.append(requests))
+    scored = []
+
+    class Recorded(LabelScoringLM):
+        def _loglikelihood_tokens(self, requests, **_):
+            scored.append(requests)
+
+    lm = Recorded(pretrained=AutoModelForCausalLM.from_pretrained(folder), form=form)
     for row in rows:
         answered = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
         prompt = row["input_ids"][: len(row["input_ids"]) - len(answered)]

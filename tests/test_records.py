@@ -104,8 +104,8 @@ def other_question(monkeypatch, tmp_path):
     """fpb asks something else."""
     folder = shutil.copytree(tasks.FOLDER, tmp_path / "tasks", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     edit(folder / "fpb.yaml", "What does this mean for the company?", "Is this news good?")
-    monkeypatch.setattr(tasks, "FOLDER", folder)
-    monkeypatch.setattr(tasks.TASKS, "_read", tasks._Tasks()._read)
+    changed = {path.stem: tasks.read_task_file(path) for path in sorted(folder.glob("*.yaml"))}
+    monkeypatch.setattr(tasks.TASKS, "by_name", changed)
 
 
 def test_another_question_is_noticed(copied_run, other_question):

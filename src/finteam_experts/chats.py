@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a conversation to tokens: the one way for training, scoring, written answers, router calibration and the Space.
+"""From a conversation to tokens, the same way in training, scoring, written answers, router calibration and the Space.
 
-The tokens of an answer are those that the tokenizer's chat template puts behind the prompt, with whatever the template
-writes around it: a space before the answer, an end-of-turn token after it. The Space is uploaded with this file: it imports
-nothing of the package.
+The tokens of an answer are those that the tokenizer's chat template puts after the prompt, including what the template adds:
+a space before the answer, an end-of-turn token after it. The Space is uploaded with this file, so it imports nothing of the
+package.
 """
 
 import datetime
@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 Turns = list[dict[str, str]]  # {"role": "user" or "assistant", "content": text}
 
-# What templates let their caller decide: reasoning is off, under each of its names, and the date is a fixed one, or a model
-# would be scored on another prompt than it was trained on the day before.
+# What templates let their caller decide. Reasoning is off, under each of its names. The date is fixed: otherwise a model
+# would be scored on another prompt than the one it was trained on the day before.
 _DATE = datetime.datetime(2024, 7, 26)
 TEMPLATE_SETTINGS = {"enable_thinking": False, "thinking": False, "date_string": _DATE.strftime("%d %b %Y")}
-# Templates that ask for the date themselves get the same one from a macro of that function's name.
+# Templates that call strftime_now for the date get the same one from a macro of that name.
 _FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in ("-d", *"dmbByYAaHMSjp"))
@@ -37,7 +37,7 @@ class Exchange:
 
     prompt: list[int]
     answer: list[int]  # up to and including the answer's last character
-    end: list[int]  # what the template puts behind the answer, such as an end-of-turn token
+    end: list[int]  # what the template puts after the answer, such as an end-of-turn token
 
     @property
     def ids(self) -> list[int]:
@@ -45,13 +45,13 @@ class Exchange:
 
     @property
     def labels(self) -> list[int]:
-        """The ids with -100, which no loss reads, in place of the prompt."""
+        """The ids, with -100 in place of the prompt: the loss skips it."""
         return [-100] * len(self.prompt) + self.answer + self.end
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a tokenizer's chat template writes conversations below one system prompt."""
+    """How a tokenizer's chat template writes conversations with one system prompt."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The analysts: what each role is called and what it looks at. Their router prompts live in moe_merge.yaml."""
+"""The analysts: title, description and colour of each role. Their router prompts are in moe_merge.yaml."""
 
 from dataclasses import asdict, dataclass
 
@@ -23,7 +23,7 @@ _KNOWN = {
             "Prices, returns, volatility, factors and other series of figures.",
             "#3d8b40",
         ),
-        Role("base", "Generalist", "Whatever is no analyst's field: the base as it was.", "#7a7f87"),
+        Role("base", "Generalist", "Everything else: the base as it was.", "#7a7f87"),
     )
 }
 _SPARE_COLORS = ("#8b5cc4", "#b23a6f", "#0f8b8d", "#8a7a1f")

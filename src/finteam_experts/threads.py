@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many cores a process uses on a CPU, and how its threads wait for one another. Import it before torch.
+"""How many cores a process uses, and how its threads wait for each other. Import it before torch.
 
-Between two matrix products a thread that is done spins until the others are. If another program holds one of the cores, it
-spins for as long as the scheduler leaves the slowest thread waiting. OpenMP reads how long to spin when torch is imported.
+Between two matrix products a thread that has finished spins until the others have. If another program uses one of the cores,
+it spins for as long as the slowest thread has to wait for that core. OpenMP reads how long to spin when torch is imported.
 """
 
 import math
 import os
 from pathlib import Path
 
-# Then it sleeps. As fast as the default on idle cores; with one of two cores busy a training step of the sample takes 2.0 times
-# as long, and 6.6 times with the default of 300,000 (scripts/benchmark_threads.py).
+# Then it sleeps. It is as fast as the default on idle cores; with one of two cores busy, a training step of the sample takes
+# 2.0 times as long, and 6.6 times with the default of 300,000 (benchmarks/threads.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period

@@ -94,16 +94,16 @@ def test_an_interrupted_merge_starts_again(adapted, tmp_path, monkeypatch):
     folder, adapter, logits = adapted("base", target_modules=MLP)
     target = tmp_path / "merged"
     monkeypatch.setattr(weights, "SHARD_BYTES", 40_000)
-    real, layers = adapters._one_layer, []
+    layers = []
 
-    def interrupted_at_layer_1(config, weights):
+    def interrupted_at_layer_1(*arguments, **options):
         if layers:
             raise KeyboardInterrupt
         layers.append(0)
-        return real(config, weights)
+        return get_peft_model(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(adapters, "_one_layer", interrupted_at_layer_1)
+        patched.setattr(adapters, "get_peft_model", interrupted_at_layer_1)
         with pytest.raises(KeyboardInterrupt):
             merge_adapter(folder, adapter, target)
     assert list(target.glob("model*.safetensors"))

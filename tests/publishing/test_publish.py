@@ -76,7 +76,7 @@ def run_with_secrets(tmp_path_factory, done_run):
     return run_dir
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["lfs", "xet"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["lfs", "xet"])
 def published(request, tmp_path_factory, run_with_secrets, toy_base):
     with LocalHub(tmp_path_factory.mktemp("hub") / "hub", xet=request.param) as hub:
         hub.put("models", "owner/toy", toy_base)
@@ -190,6 +190,7 @@ def test_cards_are_what_the_hub_reads_and_hold_nothing_local(published):
     assert found["stock_movement", "matthews_correlation"] == round(report["stock_movement"]["mcc"], 4)
 
 
+@pytest.mark.slow
 def test_a_commit_that_fails_says_what_to_do_and_loses_nothing(hub, run_with_secrets):
     failures = {
         401: "hf auth login",
@@ -216,6 +217,7 @@ def test_a_commit_that_fails_says_what_to_do_and_loses_nothing(hub, run_with_sec
     assert all(len(hub.repos["models", name].commits) == 2 for name in MODELS[1:])
 
 
+@pytest.mark.slow
 def test_an_upload_killed_in_its_middle_goes_on_where_it_was(hub, run_with_secrets):
     first, second = (
         hashlib.sha256((run_with_secrets / "adapters" / role / "adapter_model.safetensors").read_bytes()).hexdigest()

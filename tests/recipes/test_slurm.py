@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The road as SLURM jobs: who waits for whom, and what each job would run. Doubles stand for SLURM's commands."""
+"""The pipeline as SLURM jobs: which job waits for which, and what each would run. SLURM's commands are doubles."""
 
 import os
 import shlex
@@ -70,10 +70,12 @@ def test_every_stage_waits_for_what_it_reads(cluster):
 
 def test_what_the_jobs_launch(cluster):
     jobs = cluster("--nodes", 2, "--gpus", 4)
-    started = {
-        name: subprocess.run(["bash", "-c", options["--wrap"]], env=cluster.environment, capture_output=True, text=True).stdout
-        for name, options in jobs.items() if name in (*ROLES, "team", "dense")
-    }  # fmt: skip
+    started = {}
+    for name in (*ROLES, "team", "dense"):
+        command = ["bash", "-c", jobs[name]["--wrap"]]
+        text = subprocess.run(command, env=cluster.environment, capture_output=True, text=True).stdout
+        assert f"--data_dir {REPOSITORY}/DIR" in text  # the jobs need not start where this was called
+        started[name] = text.replace(f"{REPOSITORY}/", "")
     assert jobs["team"]["--nodes"] == "2"
     team = shlex.split(started["team"])
     options = dict(zip(team[2:-1:2], team[3::2], strict=False))

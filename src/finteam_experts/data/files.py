@@ -142,7 +142,7 @@ def _read_row(line: bytes, where: str, columns: tuple[str, ...]) -> dict[str, An
 
 
 def text_key(row: Row) -> str:
-    """What two rows share if their texts count as the same: letters and digits, whatever their case and Unicode form.
+    """What two rows share if their texts count as the same: letters and digits, in any case and Unicode form.
 
     A text without any, such as an emoji, is its own key.
     """

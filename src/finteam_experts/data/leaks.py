@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that would be trained on and measured with, and rows that repeat one another: found before any work.
+"""Checks before any work: text that is both trained on and scored, and rows that repeat each other.
 
-Texts are compared by `text_key`, which knows no case, spacing, punctuation or Unicode form.
+Texts are compared by `text_key`, which ignores case, spacing, punctuation and Unicode form.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from typing import Any
 from finteam_experts.data.files import Row, corpus_file, read_rows, task_file, text_key
 from finteam_experts.errors import InputError
 
-TEST_TEXT = 40  # letters and digits from the middle of a test text: a passage that holds them holds the text
+TEST_TEXT = 40  # letters and digits from the middle of a test text: a passage that has them has the text
 
 
 def check_tasks(data_dir: Path, tasks: Iterable[str]) -> None:
@@ -35,7 +35,7 @@ def check_corpora(data_dir: Path, roles: Iterable[str], tasks: Iterable[str]) ->
         for key, line in passages.items():
             if found := holds(key):
                 raise InputError(
-                    f"{path}, line {line}: it holds the text of a test row, {found}. What was trained on measures nothing: "
+                    f"{path}, line {line}: it holds the text of a test row, {found}. A score on training text means nothing: "
                     "remove the passage, or the row."
                 )
 
@@ -86,5 +86,5 @@ def _check_disjoint(path: Path, lines: dict[str, int], trained_path: Path, train
         if key in trained:
             raise InputError(
                 f"{path}, line {line}: the same text is in {trained_path}, line {trained[key]}. "
-                "A row that was trained on measures nothing: remove it from one of them."
+                "A score on a training row means nothing: remove it from one of them."
             )

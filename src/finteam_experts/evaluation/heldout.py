@@ -29,7 +29,7 @@ def heldout_loss(
 ) -> float:
     """Mean negative log-likelihood in nats per token over the first `max_tokens` tokens of each passage.
 
-    Its exponential is the perplexity. Every predicted token counts the same, whatever passage it is in.
+    Its exponential is the perplexity. Every predicted token has the same weight.
     """
     was_training = model.training
     model.eval()

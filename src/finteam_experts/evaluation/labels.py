@@ -123,7 +123,7 @@ def run_lm_eval(lm: HFLM, prompts: dict[str, list[str]], answers: dict[str, list
 
 
 def first_label(answer: str, labels: tuple[str, ...]) -> str | None:
-    """The label that stands first in a written answer, whatever its case; `None` if there is none."""
+    """The first label in a written answer, in any case; `None` if there is none."""
     places = {label: answer.lower().find(label.lower()) for label in labels}
     found = [label for label in labels if places[label] >= 0]
     return min(found, key=lambda label: (places[label], -len(label)), default=None)

@@ -42,7 +42,7 @@ def scores_with_errors(
 ) -> dict[str, float]:
     """Each score of one set of predictions with its standard error, by bootstrap over the rows.
 
-    Rows with the same number in `units` [rows] are drawn together: a text that is there twice tells no more than once.
+    Rows with the same number in `units` [rows] are drawn together: a repeated text carries no more information than one.
     """
     units = np.arange(len(labels)) if units is None else np.unique(units, return_inverse=True)[1]
     weights = _draws(units, np.random.default_rng(seed))
@@ -55,7 +55,7 @@ def scores_with_errors(
 
 
 def unlike_written(scored: np.ndarray, written: np.ndarray, units: np.ndarray) -> bool:
-    """Whether two ways of asking one model differ in accuracy by more than three standard errors of their difference.
+    """Whether two ways of asking a model differ in accuracy by more than three standard errors of their difference.
 
     `scored` and `written` [rows] say whether a row's answer is right by label scores and in the model's own words.
     """
@@ -72,7 +72,7 @@ def _draws(units: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def majority_vote(predictions: np.ndarray, classes: int) -> np.ndarray:
-    """What most of the models say of each row: `predictions` [models, rows] to [rows]. The first model decides a tie."""
+    """The prediction of most models for each row: `predictions` [models, rows] to [rows]. The first model decides a tie."""
     ballots = predictions[..., None] == np.arange(classes)  # [models, rows, classes]
     return (ballots.sum(axis=0) + ballots[0] / 2).argmax(axis=-1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the router of the MoE does with text whose role is known, and with a text whose role is not."""
+"""Measuring the router of an MoE: on text whose role is known, and on any other text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from finteam_experts.evaluation.batches import padded_batches
 from finteam_experts.evaluation.heldout import token_losses
 
-DEAD = 0.01  # an expert that is the first choice of fewer tokens than this share is dead in that layer
+DEAD = 0.01  # an expert is dead in a layer if it is the first choice of a smaller share of tokens
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def measure_routing(
     *,
     losses: bool = True,
 ) -> Routing:
-    """Run the MoE on the token sequences of each role, in the order of the experts, and sum up what its router does.
+    """Run the MoE on the token sequences of each role, in the order of the experts, and add up what its router does.
 
     First tokens are left out. Without `losses` the vocabulary head is not computed, and `losses` is 0.
     """
@@ -134,7 +134,7 @@ def measure_routing(
 
 
 class RoutingCallback(TrainerCallback):
-    """Measures the routing of held-out text every so many steps of a training, and logs it as `routing/...`."""
+    """Measures the routing of held-out text every N steps of a training, and logs it as `routing/...`."""
 
     def __init__(self, trainer: Trainer, sequences: list[list[list[int]]], every: int) -> None:
         self.trainer, self.sequences, self.every = trainer, sequences, every

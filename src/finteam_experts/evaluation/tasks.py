@@ -131,7 +131,7 @@ def majority(rows: Rows) -> dict[str, dict[str, Any]]:
 
 
 def difference(models: dict[str, Any], rows: Rows, ours: str, theirs: str) -> dict[str, dict[str, Any]]:
-    """How far one model's main scores lie above another's, with 95 % intervals; empty if one of them is missing."""
+    """Differences of one model's main scores to another's, with 95 % intervals; empty if one of them is missing."""
     if not {ours, theirs} <= set(models):
         return {}
     predictions = {

@@ -51,14 +51,14 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
         check_finite(adapter_folder, adapter)
         if None in changes:
             raise InputError(
-                f"{adapter_folder} changes {changes[None][0]}. A merge takes over what lies in the decoder layers: leave "
+                f"{adapter_folder} changes {changes[None][0]}. A merge takes over what is in the decoder layers: leave "
                 "embeddings and head out of lora_target_modules and lora_modules_to_save."
             )
         writer = new_writer(target)
         for layer, names in tqdm(parts.items(), desc=f"merging {adapter_folder.name}", leave=False):
             tensors = {name: stored[name] for name in names}
             if layer in changes:
-                # PEFT keeps a LoRA in fp32, but a router in whatever the model was trained in
+                # PEFT keeps a LoRA in fp32, but a router in the type that the model was trained in
                 own = {_as_first(name): adapter[name].float() for name in changes[layer]}
                 model, off = _merged_layer(config, adapter_config, {_as_first(n): t for n, t in tensors.items()}, own)
                 _check_difference(off, layer, model_folder, adapter_folder)

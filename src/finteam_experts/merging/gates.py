@@ -16,7 +16,7 @@ from finteam_experts.errors import InputError
 from finteam_experts.merging.layout import gate_tensor
 from finteam_experts.weights import StoredTensors, weight_files
 
-GATES = "gates"  # the folder inside an MoE's that keeps the gates it was merged with and fitted with
+GATES = "gates"  # a folder of the MoE: the gates it was merged with, and those that were fitted
 
 
 def gate_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

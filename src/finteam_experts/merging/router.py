@@ -30,7 +30,7 @@ LEAST_GAIN = 5e-4
 class GateRegression:
     """Ridge regression of one-hot experts on gate inputs, one for each layer, no bias: a Mixtral gate has none.
 
-    Holds X'X [layers, hidden, hidden] and X'Y [layers, hidden, experts] in fp32, whatever the number of tokens.
+    Holds X'X [layers, hidden, hidden] and X'Y [layers, hidden, experts] in fp32, for any number of tokens.
     """
 
     def __init__(self, layers: int, experts: int, hidden: int, device: torch.device | str = "cpu") -> None:
@@ -63,7 +63,7 @@ class GateRegression:
 
 
 def choose_scale(loss_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The gate scale with a low held-out loss, and the loss of each scale that was tried on the way.
+    """The gate scale with a low held-out loss, and the loss of every scale that was tried.
 
     Only differences of logits matter to a softmax, so the scale is how sharply the gate mixes: at 0 the chosen experts
     count alike, at infinity the first one alone. From `FIRST_SCALE` it is doubled while that lowers the loss by at least

@@ -116,7 +116,7 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def has_compact_loss(trainer: SFTTrainer, inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether `compact_loss` stands in for TRL's: a padding-free batch on a CPU, and the plain loss."""
+    """Whether `compact_loss` can replace TRL's loss: a padding-free batch on a CPU, and the plain loss."""
     args = trainer.args
     plain = args.loss_type == "nll" and not args.label_smoothing_factor and trainer.compute_loss_func is None
     return plain and trainer.padding_free and inputs["input_ids"].device.type == "cpu"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step will take, from configs alone: parameters, memory of each device by part, FLOPs, time and disk.
+"""Estimates of a training step from configs alone: parameters, memory per device by part, FLOPs and hours.
 
 The models are built without memory (on the meta device) and adapted by PEFT itself, so that parameters are counted, not
 estimated. A LoRA's forward pass takes two FLOPs per parameter and token; its backward pass as many again, for gradients of the

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning an MoE with every row in the expert of its task's role, whatever the router says.
+"""Tuning an MoE with every row in the expert of its task's role: the router is ignored.
 
-Experts that know one field each, with attention that all of them share, are DEMix layers (Gururangan et al. 2021,
-arXiv:2108.05036). The router, which has to find the expert without being told, is fitted afterwards.
+Experts of one field each with shared attention are DEMix layers (Gururangan et al. 2021,
+arXiv:2108.05036). The router, which has to find the expert by itself, is fitted afterwards.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class TaskRouting:
     """Replaces what the gates of `model` choose, while it is training, by the expert of each token in `experts`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.experts: torch.Tensor | None = None  # [tokens] of the batch in hand
+        self.experts: torch.Tensor | None = None  # [tokens] of the current batch
         for gate in gate_modules(model):
             gate.register_forward_hook(self._own_expert)
 
@@ -28,8 +28,8 @@ class TaskRouting:
         logits, weights, _ = output
         if not gate.training or self.experts is None:
             return None
-        filled_up = self.experts[: len(logits) - len(self.experts)]  # as the batch is, with its first tokens
-        chosen = torch.cat([self.experts, filled_up])
+        padding = self.experts[: len(logits) - len(self.experts)]  # the batch is padded with its leading tokens
+        chosen = torch.cat([self.experts, padding])
         return logits, torch.ones_like(weights[:, :1]), chosen[:, None]
 
 

@@ -63,17 +63,17 @@ class _Tasks(Mapping[str, Task]):
     """The tasks by name, read at first use, so that a wrong file ends a script with a message and not its import."""
 
     @cached_property
-    def _read(self) -> dict[str, Task]:
+    def by_name(self) -> dict[str, Task]:
         return {path.stem: read_task_file(path) for path in sorted(FOLDER.glob("*.yaml"))}
 
     def __getitem__(self, name: str) -> Task:
-        return self._read[name]
+        return self.by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
+        return iter(self.by_name)
 
     def __len__(self) -> int:
-        return len(self._read)
+        return len(self.by_name)
 
 
 TASKS = _Tasks()
