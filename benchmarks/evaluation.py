@@ -16,8 +16,8 @@ import numpy as np
 from accelerate import PartialState
 from lm_eval.models.huggingface import HFLM
 
-from finteam_experts.data.files import rows_to_score, tasks_of
-from finteam_experts.data.tasks import TASKS, render_all
+from finteam_experts.data.files import require_tasks, rows_to_score
+from finteam_experts.data.tasks import render_all
 from finteam_experts.errors import run
 from finteam_experts.evaluation.labels import LabelScoringLM, run_lm_eval
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
@@ -43,9 +43,9 @@ def main() -> None:
 
     folder = local_folder(args.model)
     model, tokenizer = load_model(folder).to(PartialState().device), load_tokenizer(folder)
-    rows = {task: rows_to_score(args.data_dir, task, "test", args.limit) for task in tasks_of(args.data_dir)}
-    prompts = {task: render_all(TASKS[task], own, tokenizer) for task, own in rows.items()}
-    answers = {task: [row["label"] for row in own] for task, own in rows.items()}
+    tasks = require_tasks(args.data_dir)
+    rows = {name: rows_to_score(args.data_dir, task, "test", args.limit) for name, task in tasks.items()}
+    prompts = {name: render_all(task, rows[name], tokenizer) for name, task in tasks.items()}
     count = sum(map(len, rows.values()))
     ways = {
         "lm-eval, auto": lambda: HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto"),
@@ -57,7 +57,7 @@ def main() -> None:
         for number in range(args.rounds):
             for name, make in ways.items():
                 start = time.monotonic()
-                found[name] = run_lm_eval(make(), prompts, answers, Path(work))
+                found[name] = run_lm_eval(make(), tasks, prompts, rows, Path(work))
                 speeds[name].append(count / (time.monotonic() - start))
                 print(f"round {number + 1}, {name}: {speeds[name][-1]:.2f} rows/s", flush=True)
 

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig, SFTConfig
 
-from finteam_experts.data.files import read_corpus, write_rows
+from finteam_experts.data.files import read_corpus, require_tasks, write_rows
 from finteam_experts.data.mixture import row_limits, tuning_rows
-from finteam_experts.data.tasks import TASKS, render
+from finteam_experts.data.tasks import render
 from finteam_experts.errors import InputError, run
 from finteam_experts.files import read_yaml
 from finteam_experts.merging.config import read_merge_config, trained_roles
@@ -123,7 +123,7 @@ def plain(step: Step, args: argparse.Namespace, folder: Path) -> list[str]:
 def steps(args: argparse.Namespace) -> list[Step]:
     role = trained_roles(read_merge_config(REPOSITORY / "moe_merge.yaml"))[0]
     base, moe = args.run_dir / "base", args.run_dir / "moe"
-    tokenizer = load_tokenizer(base)
+    tokenizer, tasks = load_tokenizer(base), require_tasks(args.data_dir)
     form = as_chats(tokenizer, base)
     passages = [{"text": text} for text in read_corpus(args.data_dir, role)]
     arguments = ("--role", role, "--base", str(base))
@@ -133,12 +133,12 @@ def steps(args: argparse.Namespace) -> list[Step]:
     for title, model, name in (("3: dense", base, "dense"), ("3: team", moe, "moe")):
         recipe = args.recipes / f"instruct_tune_{name}.yaml"
         content = read_yaml(recipe)
-        limits = row_limits(content.get("rows_per_task"), content.get("rows_of_task"))
+        limits = row_limits(tasks, content.get("rows_per_task"), content.get("rows_of_task"))
         hold_out = content.get("hold_out_validation", False)
-        drawn = tuning_rows(args.data_dir, content.get("seed", SFTConfig.seed), limits, hold_out=hold_out)
+        drawn = tuning_rows(args.data_dir, tasks, content.get("seed", SFTConfig.seed), limits, hold_out=hold_out)
         rows = [
             {
-                "prompt": form.messages(render(TASKS[task], row, tokenizer)),
+                "prompt": form.messages(render(tasks[task], row, tokenizer)),
                 "completion": [{"role": "assistant", "content": row["label"]}],
             }
             for task, row in drawn

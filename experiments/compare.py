@@ -23,7 +23,7 @@ from accelerate import PartialState
 from comparison import REPOSITORY, Comparison, Model, read_comparison
 from finteam_experts import runs
 from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus, task_file, tasks_of
-from finteam_experts.data.tasks import TASKS, prompting
+from finteam_experts.data.tasks import prompting, tasks_from
 from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.evaluation.heldout import heldout_loss
 from finteam_experts.files import file_hash, read_json, write_json
@@ -132,9 +132,9 @@ def score(initial: InitialModels, split: str, start: Path, folder: Path, model: 
     where = ("--run_dir", folder, "--data_dir", initial.data, "--base", start)
     step("scripts/evaluate.py", *where, "--models", model.name, "--split", split, "--name", split, *options)
     report = read_json(folder / "reports" / f"{split}.json")
-    scored = report["models"][model.name]
+    scored, tasks = report["models"][model.name], tasks_from(report["tasks"])
     for task, result in scored["tasks"].items():
-        result["predictions"] = "".join(str(TASKS[task].labels.index(label)) for label in result["predictions"])
+        result["predictions"] = "".join(str(tasks[task].labels.index(label)) for label in result["predictions"])
     return {"limit": limit, "files": report["inputs"]["tasks"], **scored}
 
 
@@ -179,7 +179,7 @@ def made_from(initial: InitialModels, model: Model) -> dict[str, Any]:
         "expert_recipe_file": team and file_hash(REPOSITORY / comparison.expert_recipe),
         "team": team and team.model_dump(),
         "common_overrides": comparison.overrides,
-        "asked": prompting(),
+        "asked": prompting(tasks_of(data)),
         "train_files": {task: file_hash(task_file(data, task, "train")) for task in tasks_of(data)},
         "corpora": {role: file_hash(corpus_file(data, role)) for role in initial.roles},
     }

@@ -21,15 +21,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from comparison import REPOSITORY, Comparison, read_comparison
-from finteam_experts.data.files import Row, read_task, rows_to_score, task_file
+from finteam_experts.data.files import Row, read_task, rows_to_score, task_file, tasks_of
 from finteam_experts.data.mixture import row_limits, tuning_rows
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import Tasks, about_tasks
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.metrics import difference_on_rows, majority_vote, scores_with_errors
 from finteam_experts.evaluation.tasks import true_labels
 from finteam_experts.files import file_hash, read_json, read_yaml, write_json, write_text
 from tables import Results, plot, render
 
+Rows = dict[str, list[Row]]  # by task
 FEW_QUESTIONS = 20  # this many different questions are a task each; more are asked of single rows
 
 
@@ -38,15 +39,17 @@ def digest(found: Results) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def scored_rows(comparison: Comparison, data: Path, found: Results) -> dict[str, list[Row]]:
-    """The scored test rows; `InputError` unless the results were made with just these files."""
+def scored_rows(comparison: Comparison, data: Path, found: Results) -> tuple[Tasks, Rows]:
+    """The scored tasks and their test rows; `InputError` unless the results were made with just these files."""
+    names = list(next(iter(found.values()))[0]["test"]["tasks"])
     for result in (result for results in found.values() for result in results):
         for task, recorded in result["test"]["files"].items():
             path = task_file(data, task, "test")
             if recorded != file_hash(path):
                 which = f"{result['name']} with seed {result['seed']} was scored on another {path.name} than that of {data}"
                 raise InputError(f"{which}. Name the data directory it was made with.")
-    return {task: rows_to_score(data, task, "test", comparison.limit) for task in TASKS}
+    tasks = tasks_of(data, names)
+    return tasks, {name: rows_to_score(data, task, "test", comparison.limit) for name, task in tasks.items()}
 
 
 def predicted_labels(task: str, results: list[dict[str, Any]]) -> np.ndarray:
@@ -69,45 +72,45 @@ def bag_of_words(train: list[Row], test: list[Row]) -> list[str]:
     return predicted.tolist()
 
 
-def reference_scores(comparison: Comparison, data: Path, rows: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
+def reference_scores(comparison: Comparison, data: Path, tasks: Tasks, rows: Rows) -> dict[str, dict[str, Any]]:
     """Scores of the majority class and of a bag of words, trained on the tuning rows of seed 0 or on all of train."""
     recipe = read_yaml(REPOSITORY / next(model.recipe for model in comparison.models if model.recipe))
-    limits = row_limits(recipe.get("rows_per_task"), recipe.get("rows_of_task"))
-    tuned_on = tuning_rows(data, 0, limits, hold_out=recipe.get("hold_out_validation", False))
+    limits = row_limits(tasks, recipe.get("rows_per_task"), recipe.get("rows_of_task"))
+    tuned_on = tuning_rows(data, tasks, 0, limits, hold_out=recipe.get("hold_out_validation", False))
     result: dict[str, dict[str, Any]] = {}
-    for task, test in rows.items():
+    for task, test in ((tasks[name], own) for name, own in rows.items()):
         label, _ = Counter(row["label"] for row in test).most_common(1)[0]
         predictions = {
             "majority": [label] * len(test),
-            "bag of words, same rows": bag_of_words([row for name, row in tuned_on if name == task], test),
+            "bag of words, same rows": bag_of_words([row for name, row in tuned_on if name == task.name], test),
             "bag of words, all rows": bag_of_words(read_task(data, task, "train"), test),
         }
         for name, predicted in predictions.items():
-            labels = TASKS[task].labels
-            classes = np.array([labels.index(label) for label in predicted])
-            result.setdefault(name, {})[task] = scores_with_errors(true_labels(task, test), classes, len(labels))
+            classes = np.array([task.labels.index(label) for label in predicted])
+            errors = scores_with_errors(true_labels(task, test), classes, len(task.labels))
+            result.setdefault(name, {})[task.name] = errors
     return result
 
 
-def vote(comparison: Comparison, found: Results, rows: dict[str, list[Row]]) -> dict[str, Any] | None:
+def vote(comparison: Comparison, found: Results, tasks: Tasks, rows: Rows) -> dict[str, Any] | None:
     """Scores of all tuned baselines together: the gain of as many models side by side. `None` for fewer than 3."""
     voters = [result for name in comparison.baselines for result in found.get(name, ())]
     if len(voters) < 3:
         return None
     result: dict[str, Any] = {"models": len(voters), "tasks": {}}
     for task, own in rows.items():
-        classes = len(TASKS[task].labels)
+        classes = len(tasks[task].labels)
         chosen = majority_vote(predicted_labels(task, voters), classes)
-        result["tasks"][task] = scores_with_errors(true_labels(task, own), chosen, classes)
+        result["tasks"][task] = scores_with_errors(true_labels(tasks[task], own), chosen, classes)
     return result
 
 
-def differences(comparison: Comparison, found: Results, rows: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
+def differences(comparison: Comparison, found: Results, tasks: Tasks, rows: Rows) -> dict[str, dict[str, Any]]:
     """Every model's difference to each baseline, with intervals."""
-    predictions = {name: {task: predicted_labels(task, results) for task in TASKS} for name, results in found.items()}
+    predictions = {name: {task: predicted_labels(task, results) for task in tasks} for name, results in found.items()}
     baselines = [name for name in comparison.baselines if name in found]
     return {
-        name: {other: difference_on_rows(rows, own, predictions[other]) for other in baselines if other != name}
+        name: {other: difference_on_rows(tasks, rows, own, predictions[other]) for other in baselines if other != name}
         for name, own in predictions.items()
     }
 
@@ -124,13 +127,14 @@ def main() -> None:
         raise InputError(f"{folder} holds no result. Make some first: experiments/compare.py")
     summary_file = folder / "summary.json"
     if args.data_dir:
-        rows = scored_rows(comparison, args.data_dir, found)
+        tasks, rows = scored_rows(comparison, args.data_dir, found)
         summary = {
             "results": digest(found),
             "rows": {task: len(own) for task, own in rows.items()},
-            "reference": reference_scores(comparison, args.data_dir, rows),
-            "vote": vote(comparison, found, rows),
-            "differences": differences(comparison, found, rows),
+            "tasks": about_tasks(tasks)["tasks"],
+            "reference": reference_scores(comparison, args.data_dir, tasks, rows),
+            "vote": vote(comparison, found, tasks, rows),
+            "differences": differences(comparison, found, tasks, rows),
         }
         write_json(summary_file, summary)
     if not summary_file.exists():

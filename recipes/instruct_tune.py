@@ -27,18 +27,27 @@ from trl import SFTConfig, SFTTrainer
 from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
 from finteam_experts.data import leaks
-from finteam_experts.data.files import read_corpus, task_file, tasks_of
-from finteam_experts.data.mixture import row_limits, tuning_rows
-from finteam_experts.data.tasks import TASKS, about_tasks, prompting, render_all
-from finteam_experts.errors import InputError, is_main_process, run
+from finteam_experts.data.conversations import chat_file, chat_roles, check_chat_roles
+from finteam_experts.data.files import check_roles, corpus_file, read_corpus, task_file, tasks_of
+from finteam_experts.data.mixture import row_limits
+from finteam_experts.data.tasks import Tasks, about_tasks, prompting
+from finteam_experts.data.trl_datasets import DatasetArguments
+from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.routing import RoutingCallback
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.models import as_chats, check_base, load_tokenizer, local_folder, read_config
-from finteam_experts.training.arguments import BaseModelConfig, RunArguments, check_length, parse, settings
-from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
-from finteam_experts.training.task_routing import EXPERT
+from finteam_experts.training.arguments import (
+    BaseModelConfig,
+    RunArguments,
+    check_length,
+    parse,
+    rows_of_run,
+    settings,
+)  # fmt: skip
+from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora, tuning_results
+from finteam_experts.training.rows import as_dataset, chat_examples, dataset_examples, mixed, task_examples
 from finteam_experts.weights import size_of
 
 ROUTING_TOKENS = 96
@@ -46,11 +55,18 @@ OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct", "expert": "experts-i
 
 
 @dataclass
-class TuneArguments(RunArguments):
+class TuneArguments(DatasetArguments, RunArguments):
     start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
     role: str | None = field(default=None, metadata={"help": "Which expert, for start_from expert."})
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tune on these tasks of the data directory alone."}
+    )
     own_tasks: bool = field(default=False, metadata={"help": "Tune that expert on the tasks of its role alone."})
     rows_per_task: int | None = field(default=None, metadata={"help": "At most this many train rows of each task."})
+    chat_share: float | None = field(
+        default=None,
+        metadata={"help": "Share of the tokens that are of conversations. Default: all rows that there are."},
+    )
     rows_of_task: dict | str | None = field(
         default=None, metadata={"help": "Another limit for some tasks, as {stock_movement: 160}."}
     )
@@ -71,6 +87,7 @@ class TuneArguments(RunArguments):
     routing_passages: int = field(default=8, metadata={"help": "Held-out passages per role for that, 96 tokens each."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.start_from == "expert") != bool(self.role):
             raise InputError(
                 f"start_from is {self.start_from} and role {self.role}: a role names the expert that is tuned by itself, with "
@@ -81,21 +98,25 @@ class TuneArguments(RunArguments):
                 "own_tasks is for one expert that is tuned by itself: pass --start_from expert --role ROLE too."
             )
 
-    def limits(self) -> dict[str, int | None]:
+    def limits(self, tasks: Tasks) -> dict[str, int | None]:
         of_task = self.rows_of_task
         try:
-            return row_limits(self.rows_per_task, yaml.safe_load(of_task) if isinstance(of_task, str) else of_task)
+            own = yaml.safe_load(of_task) if isinstance(of_task, str) else of_task
+            return row_limits(tasks, self.rows_per_task, own)
         except yaml.YAMLError:
             raise InputError(f"rows_of_task is {of_task!r}; write it as '{{stock_movement: 160}}'.") from None
 
-    def check_task_routing(self, team: list[str], training_args: SFTConfig, model_args: BaseModelConfig) -> None:
+    def check_task_routing(
+        self, tasks: Tasks, team: list[str], training_args: SFTConfig, model_args: BaseModelConfig
+    ) -> None:
         """Raise `InputError` if rows are to be routed by task and that is not possible, or clashes with other settings."""
         if not self.route_by_task:
             return
-        for task in (TASKS[name] for name in tasks_of(self.data)):
+        for task in tasks.values():
             if task.role not in team:
+                whose = f"the {task.role} analyst" if task.role else "no analyst"
                 raise InputError(
-                    f"route_by_task: {task.name} is a task of the {task.role} analyst, and the model to be tuned has "
+                    f"route_by_task: {task.name} is a task of {whose}, and the model to be tuned has "
                     f"{', '.join(team) or 'no team'}. It is for --start_from moe, with a team that has an expert for every task."
                 )
         trains_gate = "gate" in (model_args.lora_modules_to_save or ())
@@ -126,70 +147,44 @@ def initial_model(args: TuneArguments, training_args: SFTConfig, model_args: Bas
 
 
 def tuning_dataset(
-    args: TuneArguments, training_args: SFTConfig, form: ChatFormat, team: list[str], config: PretrainedConfig
+    args: TuneArguments,
+    tasks: Tasks,
+    training_args: SFTConfig,
+    form: ChatFormat,
+    team: list[str],
+    config: PretrainedConfig,
 ) -> Dataset:
-    """The train rows of all tasks, or of the expert's role, shuffled: their tokens, with labels on the answers alone.
-
-    Rows that are longer than `max_length` would lose their answer: they are left out, and counted on the screen. With
-    `route_by_task` each row has the place in the team of its task's analyst as `expert`.
-    """
-    rows = tuning_rows(args.data, training_args.seed, args.limits(), hold_out=args.hold_out_validation)
+    """The train rows of tasks, conversations and datasets, or of the expert's role, with labels on the answers alone."""
+    seed = training_args.seed
+    asked = task_examples(args.data, tasks, form, seed, args.limits(tasks), hold_out=args.hold_out_validation)
+    chats = chat_examples(args.data, form, seed) + dataset_examples(form, args.rows(rows_of_run(training_args)), seed)
     if args.own_tasks:
-        rows = [(task, row) for task, row in rows if TASKS[task].role == args.role]
-        if not rows:
-            tasks = tasks_of(args.data)
+        asked, chats = ([row for row in rows if row.role == args.role] for rows in (asked, chats))
+        if not asked and not chats:
             raise InputError(
-                f"own_tasks: no task is of the role {args.role}. Those of {', '.join(tasks)} are "
-                f"{', '.join(TASKS[task].role for task in tasks)}: tune this expert on all rows, or not at all."
+                f"own_tasks: no task or conversation is of the role {args.role}. The tasks {', '.join(tasks)} are of "
+                f"{', '.join(task.role or 'none' for task in tasks.values())}: tune this expert on all rows, or not at all."
             )
-    prompts = {}
-    for name in dict.fromkeys(task for task, _ in rows):
-        prompts[name] = iter(render_all(TASKS[name], [row for task, row in rows if task == name], form.tokenizer))
-    exchanges = form.exchanges([(next(prompts[task]), row["label"]) for task, row in rows])
+    rows = mixed(asked, chats, args.chat_share, seed)
+    if not rows:
+        raise InputError(f"{args.data} has nothing to tune on: no tasks/TASK_train.jsonl and no chats/ROLE.jsonl.")
     longest = training_args.max_length or config.max_position_embeddings
-    columns = [
-        {"input_ids": exchange.ids, "labels": exchange.labels}
-        | ({EXPERT: team.index(TASKS[task].role)} if args.route_by_task else {})
-        for (task, _), exchange in zip(rows, exchanges, strict=True)
-        if len(exchange.ids) <= longest
-    ]
-    if not columns:
-        raise InputError(f"none of the {len(rows)} rows has {longest} tokens or fewer: raise max_length.")
-    if len(columns) < len(rows) and is_main_process():
-        print(f"{len(rows) - len(columns)} of {len(rows)} rows are left out: they have more than {longest} tokens")
     training_args.max_length = None  # nothing is left to cut
-    return Dataset.from_list(columns)
+    return as_dataset(rows, longest, team if args.route_by_task else None)
 
 
 def routing_callback(
     args: TuneArguments, team: list[str], form: ChatFormat
 ) -> Callable[[SFTTrainer], RoutingCallback] | None:
-    """Makes the callback that logs where the router sends each role's held-out text; `None` if none is wanted."""
+    """Makes the callback that logs where the router sends each role's held-out text; `None` if none is wanted or there."""
     if not team or args.routing_steps < 1:
+        return None
+    if not any(corpus_file(args.data, role, heldout=True).is_file() for role in team):
+        print(f"{args.data} has no held-out corpora: the routing is not measured while tuning")
         return None
     passages = [read_corpus(args.data, role, heldout=True)[: args.routing_passages] for role in team]
     sequences = [encode(form.tokenizer, own, ROUTING_TOKENS) for own in passages]
     return lambda trainer: RoutingCallback(trainer, sequences, args.routing_steps)
-
-
-def results_of(trainer: SFTTrainer, rows: int) -> dict:
-    """What the record keeps of a tuning on that many rows."""
-    trainable, total = trainer.model.get_nb_trainable_parameters()
-    log = trainer.state.log_history
-    routing = [
-        {"step": entry["step"]} | {k.removeprefix("routing/"): v for k, v in entry.items() if k.startswith("routing/")}
-        for entry in log
-        if "routing/load_entropy" in entry
-    ]
-    return {
-        "trainable_parameters": trainable,
-        "total_parameters": total - trainable,
-        "rows_seen": round(trainer.state.epoch * rows),
-        "train_tokens": trainer.state.num_input_tokens_seen,
-        "steps": trainer.state.global_step,
-        "log": [entry for entry in log if "loss" in entry],
-        "routing": routing,
-    }
 
 
 def main() -> None:
@@ -202,20 +197,28 @@ def main() -> None:
     model_args.check_lora(config)
     check_length(training_args.max_length, config)
 
-    tasks = tasks_of(args.data)
+    tasks = tasks_of(args.data, args.tasks)
+    if team:
+        check_roles(args.data, tasks, team)
+        check_chat_roles(args.data, team)
     leaks.check_tasks(args.data, tasks)
+    leaks.check_chats(args.data, chat_roles(args.data))
     callback_of = routing_callback(args, team, form)
-    args.check_task_routing(team, training_args, model_args)
+    args.check_task_routing(tasks, team, training_args, model_args)
     target = Path(args.run_dir) / OUTPUTS[args.start_from] / (args.role or "")
     inputs = {
         "model": fingerprint(start),
         "tasks": {task: file_hash(task_file(args.data, task, "train")) for task in tasks},
-        "asked": prompting(),
+        "asked": prompting(tasks),
         "settings": settings(args, training_args, model_args),
     }
+    if roles := chat_roles(args.data):
+        inputs["chats"] = {role: file_hash(chat_file(args.data, role)) for role in roles}
+    if args.sources():
+        inputs["datasets"] = args.described()
     if args.hold_out_validation:  # rows of train are left out where there is no file of them
         inputs["valid"] = [task for task in tasks if task_file(args.data, task, "valid").is_file()]
-    dataset = tuning_dataset(args, training_args, form, team, config)
+    dataset = tuning_dataset(args, tasks, training_args, form, team, config)
     work = begin_on_all(target, "instruct_tune", inputs)
     if work is None:
         return
@@ -226,11 +229,11 @@ def main() -> None:
         experts_at_once=args.experts_at_once, route_by_task=args.route_by_task,
     )  # fmt: skip
     trainer.save_model(str(work / ADAPTER))
-    results = results_of(trainer, len(dataset))
+    results = tuning_results(trainer, len(dataset))
 
     if trainer.is_world_process_zero():
         results["merge_difference"], keep = merge_trained(trainer, start, work)
-        about = {"team": record["team"], **about_tasks()} if team else {}
+        about = about_tasks(tasks) | ({"team": record["team"]} if team else {})
         runs.finish(target, {**about, "results": results}, keep=keep)
         agree = f"merged and adapter outputs agree to {results['merge_difference']:.0e}"
         print(f"{target}: tuned on {results['rows_seen']} rows; {agree}")

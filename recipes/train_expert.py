@@ -21,25 +21,34 @@ from datasets import Dataset, IterableDataset, interleave_datasets
 from trl import SFTConfig
 
 from finteam_experts import runs
+from finteam_experts.chats import ChatFormat
 from finteam_experts.data import leaks
+from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
 from finteam_experts.data.files import check_passages, corpus_file, read_corpus
 from finteam_experts.data.streams import describe, stream_corpus
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.trl_datasets import DatasetArguments
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.heldout import heldout_loss, perplexity
 from finteam_experts.files import file_hash
 from finteam_experts.fingerprints import PLAIN_TEXT_PARTS, fingerprint
 from finteam_experts.merging.config import SHARED, check_role, read_merge_config, trained_roles
-from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, check_base, load_tokenizer, local_folder
-from finteam_experts.training.arguments import BaseModelConfig, RunArguments, check_length, parse, settings
+from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, as_chats, check_base, load_tokenizer, local_folder
+from finteam_experts.training.arguments import (
+    BaseModelConfig,
+    RunArguments,
+    check_length,
+    parse,
+    rows_of_run,
+    settings,
+)
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
 
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 
 @dataclass
-class ExpertArguments(RunArguments):
+class ExpertArguments(DatasetArguments, RunArguments):
     role: str | None = field(default=None, metadata={"help": "A role of the merge, or shared: all of them."})
     corpus: str | None = field(
         default=None,
@@ -49,6 +58,7 @@ class ExpertArguments(RunArguments):
         },
     )
     corpus_column: str = field(default="text", metadata={"help": "The column of those files that has the text."})
+    with_chats: bool = field(default=False, metadata={"help": "Train on the role's conversations as well."})
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
 
@@ -60,27 +70,40 @@ class ExpertArguments(RunArguments):
 
 
 def role_text(
-    args: ExpertArguments, roles: list[str], training_args: SFTConfig
+    args: ExpertArguments, roles: list[str], training_args: SFTConfig, form: ChatFormat
 ) -> tuple[Dataset | IterableDataset, object]:
     """The passages to train on, and what the record says of where they are from.
 
-    Of several corpora one passage in turn: a short one starts again until the longest is through.
+    Of several corpora one passage in turn: a short one starts again until the longest is through. Conversations are
+    passages in the chat format.
     """
     if args.corpus is None:
         corpora = {name: read_corpus(args.data, name) for name in roles}
         for name, passages in corpora.items():
             check_passages(args.data, name, passages)
-        leaks.check_corpora(args.data, roles, TASKS)
-        hashes = {name: file_hash(corpus_file(args.data, name)) for name in roles}
+        leaks.check_corpora(args.data, roles)
+        hashes: dict[str, object] = {name: file_hash(corpus_file(args.data, name)) for name in roles}
+        if args.with_chats:
+            talkers = [name for name in roles if name in chat_roles(args.data)]
+            if not talkers:
+                raise InputError(f"with_chats: {args.data}/chats has no conversations of {', '.join(roles)}.")
+            corpora |= {f"{name}, chats": form.texts(read_chats(args.data, name)) for name in talkers}
+            hashes = {"corpora": hashes, "chats": {name: file_hash(chat_file(args.data, name)) for name in talkers}}
+        if args.sources():
+            for number, (rows, _) in enumerate(args.rows(rows_of_run(training_args))):
+                conversations = [row for row in rows if not isinstance(row, str)]
+                texts = [row for row in rows if isinstance(row, str)] + form.texts(conversations)
+                corpora |= {f"dataset {number}": texts}
+            hashes = {"files": hashes, "datasets": args.described()}
         datasets = [Dataset.from_dict({"text": passages}) for passages in corpora.values()]
         text = interleave_datasets(datasets, stopping_strategy="all_exhausted")
-        return text, hashes if args.role == SHARED else hashes[args.role]
+        return text, hashes.get(args.role, hashes)
     if args.role == SHARED or training_args.max_steps < 1:
         raise InputError(
             f"corpus is {args.corpus}, role {args.role} and max_steps {training_args.max_steps}: a stream is one role's, and its "
             "end is not known. Name a role, and set max_steps."
         )
-    holds_test_text = leaks.holds_test_text(args.data, TASKS)
+    holds_test_text = leaks.holds_test_text(args.data)
     text = stream_corpus(args.corpus, args.corpus_column, training_args.seed, holds_test_text)
     return text, describe(args.corpus, args.corpus_column)
 
@@ -95,7 +118,7 @@ def main() -> None:
     model_args.check_lora(config, allowed=None if shared else MLP_MODULES)
     check_length(training_args.max_length, config)
 
-    passages, corpus = role_text(args, roles, training_args)
+    passages, corpus = role_text(args, roles, training_args, as_chats(tokenizer, base))
     heldout = [text for name in roles for text in read_corpus(args.data, name, heldout=True)[: args.heldout_passages]]
     if not encode(tokenizer, heldout, 3):
         raise InputError(

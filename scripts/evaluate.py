@@ -4,7 +4,8 @@
     python scripts/evaluate.py --run_dir outputs/quickstart
 
 A row's answer is the label with the highest log-likelihood. The report also has `generated`, the measure of many published
-tables: the first label in the text that the model writes. Writes RUN_DIR/reports/evaluation.json and evaluation.png.
+tables: the first label in the text that the model writes. Held-out conversations (chats/ROLE_heldout.jsonl) are answered, and
+`--lm_eval_tasks` adds tasks that lm-eval knows. Writes RUN_DIR/reports/evaluation.json and evaluation.png.
 """
 
 import argparse
@@ -18,12 +19,16 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from finteam_experts import files, runs
+from finteam_experts import runs
 from finteam_experts.data import leaks
-from finteam_experts.data.files import rows_to_score, scored_file, tasks_of
-from finteam_experts.data.tasks import TASKS, prompting
+from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
+from finteam_experts.data.files import evenly_spread, rows_to_score, scored_file, tasks_of
+from finteam_experts.data.tasks import about_tasks, prompting
 from finteam_experts.errors import InputError, NotFiniteError, run
+from finteam_experts.evaluation.answers import SCORES
+from finteam_experts.evaluation.labels import other_tasks, run_other_tasks
 from finteam_experts.evaluation.tasks import difference, evaluate_model, majority
+from finteam_experts.files import file_hash, read_json, write_json
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.models import local_folder
 
@@ -31,8 +36,25 @@ TEAM, DENSE = "moe-instruct", "dense-instruct"
 MODELS = ("base", DENSE, "moe", TEAM)
 
 
-def print_table(report: dict[str, Any]) -> None:
-    """Print one row per model: accuracy, macro-F1 and MCC of each task, accuracy with its standard error."""
+def print_report(report: dict[str, Any]) -> None:
+    """Print a row per model of each table that there is: tasks, answers, lm-eval's own tasks."""
+    console, models = Console(width=None if os.isatty(1) else 170), report["models"]
+    if report["tasks"]:
+        console.print(task_table(report))
+    roles = list(next(iter(models.values()))["answers"])
+    for role in roles:
+        console.print(answer_table(role, models))
+    for name, part in models.items():
+        for task, scores in part["lm_eval"].items():
+            print(f"{name}, {task}: {', '.join(f'{metric} {value:.3f}' for metric, value in scores.items())}")
+    for name, part in report["differences"].items():
+        cells = [f"{task} {d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for task, d in part.items()]
+        print(f"{name}, main scores with 95 % intervals: {'; '.join(cells)}")
+    print_notes(report)
+
+
+def task_table(report: dict[str, Any]) -> Table:
+    """Accuracy, macro-F1 and MCC of each task, accuracy with its standard error."""
     counts = {task: part["n"] for task, part in next(iter(report["models"].values()))["tasks"].items()}
     table = Table("model", title="Evaluation: accuracy ± standard error / macro-F1 / MCC, rows in brackets")
     for task, n in counts.items():
@@ -44,10 +66,23 @@ def print_table(report: dict[str, Any]) -> None:
             for t in tasks.values()
         ]
         table.add_row(name, *cells)
-    Console(width=None if os.isatty(1) else 170).print(table)
-    for name, part in report["differences"].items():
-        cells = [f"{task} {d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for task, d in part.items()]
-        print(f"{name}, main scores with 95 % intervals: {'; '.join(cells)}")
+    return table
+
+
+def answer_table(role: str, models: dict[str, Any]) -> Table:
+    """What the models answer to held-out conversations of a role, each figure with its standard error."""
+    count = next(iter(models.values()))["answers"][role]["n"]
+    table = Table("model", title=f"Answers to {count} held-out conversations of {role}")
+    for title in SCORES.values():
+        table.add_column(title, justify="right")
+    for name, part in models.items():
+        own = part["answers"][role]
+        table.add_row(name, *(f"{own[key]:.2f} ± {own[f'{key}_stderr']:.2f}" for key in SCORES))
+    return table
+
+
+def print_notes(report: dict[str, Any]) -> None:
+    """Print what a reader of the figures should know."""
     for name, part in report["models"].items():
         unlike = [
             f"{task} {result['accuracy']:.3f} and {result['generated']['accuracy']:.3f} "
@@ -69,19 +104,23 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw macro-F1 (for every task) of every model with its standard error, and the majority class as a line."""
-    tasks, models = list(report["majority"]), report["models"]
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    """Draw macro-F1 of every task, with the majority class as a line, and ROUGE-L of every role's answers."""
+    models, roles = report["models"], list(next(iter(report["models"].values()))["answers"])
+    titles = [task["title"] for task in report["tasks"]] + [f"answers, {role}" for role in roles]
+    figure, axes = plt.subplots(figsize=(max(9, 1.8 * len(titles)), 4), layout="constrained")
     width = 0.8 / len(models)
     for position, (name, part) in enumerate(models.items()):
-        left = [place + (position - (len(models) - 1) / 2) * width for place in range(len(tasks))]
-        heights, errors = ([part["tasks"][task][key] for task in tasks] for key in ("macro_f1", "macro_f1_stderr"))
+        left = [place + (position - (len(models) - 1) / 2) * width for place in range(len(titles))]
+        bars = [(own["macro_f1"], own["macro_f1_stderr"]) for own in part["tasks"].values()]
+        bars += [(own["rouge_l"], own["rouge_l_stderr"]) for own in part["answers"].values()]
+        heights, errors = zip(*bars, strict=True)
         axes.bar(left, heights, width * 0.92, yerr=errors, label=name, error_kw={"elinewidth": 1})
-    for position, task in enumerate(tasks):
-        score, label = report["majority"][task]["macro_f1"], None if position else "majority class"
-        axes.hlines(score, position - 0.45, position + 0.45, "black", "dashed", linewidth=1, label=label)
-    axes.set_xticks(range(len(tasks)), [TASKS[task].title for task in tasks])
-    axes.set(ylabel="macro-F1, ± standard error", ylim=(0, 1), title="The models of this run on the test rows")
+    for position, own in enumerate(report["majority"].values()):
+        label = None if position else "majority class"
+        axes.hlines(own["macro_f1"], position - 0.45, position + 0.45, "black", "dashed", linewidth=1, label=label)
+    axes.set_xticks(range(len(titles)), titles)
+    what = " and ".join(["macro-F1"] * bool(report["tasks"]) + ["ROUGE-L of answers"] * bool(roles))
+    axes.set(ylabel=f"{what}, ± standard error", ylim=(0, 1), title="The models of this run on held-out rows")
     axes.legend(ncols=5, fontsize="small", loc="upper center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -93,8 +132,12 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
     parser.add_argument("--base", help="dense base: Hub id or folder (default: RUN_DIR/base)")
     parser.add_argument("--models", nargs="+", default=MODELS, help="base, or folders of the run")
+    parser.add_argument("--tasks", nargs="+", help="of the data directory (default: all)")
     parser.add_argument("--split", choices=("test", "valid"), default="test")
     parser.add_argument("--limit", type=int, help="rows per task (default: all)")
+    parser.add_argument("--chats", type=int, default=24, help="held-out conversations to answer per role; 0: none")
+    parser.add_argument("--lm_eval_tasks", nargs="+", default=[], help="other tasks that lm-eval knows")
+    parser.add_argument("--lm_eval_path", type=Path, help="folder with task files of those")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for a CPU or GPU with units for it")
     parser.add_argument("--name", default="evaluation", help="writes RUN_DIR/reports/NAME.json and NAME.png")
     args = parser.parse_args()
@@ -103,9 +146,16 @@ def main() -> None:
 
     use_available_cores()
     data, target = args.data_dir or args.run_dir / "data", args.run_dir / "reports" / f"{args.name}.json"
-    tasks = tasks_of(data)
+    tasks = tasks_of(data, args.tasks)
     leaks.check_tasks(data, tasks)
-    rows = {task: rows_to_score(data, task, args.split, args.limit) for task in tasks}
+    leaks.check_chats(data, chat_roles(data))
+    rows = {name: rows_to_score(data, task, args.split, args.limit) for name, task in tasks.items()}
+    talkers = chat_roles(data, heldout=True) if args.chats else []
+    chats = {role: evenly_spread(read_chats(data, role, heldout=True), args.chats) for role in talkers}
+    if not tasks and not chats:
+        raise InputError(f"{data} has nothing to evaluate: no tasks/TASK_test.jsonl and no chats/ROLE_heldout.jsonl.")
+    if args.lm_eval_tasks:
+        other_tasks(args.lm_eval_tasks, args.lm_eval_path)
     folders = {name: args.run_dir / name for name in args.models}
     if "base" in folders:
         folders["base"] = local_folder(args.base or str(args.run_dir / "base"))
@@ -113,12 +163,17 @@ def main() -> None:
         runs.require(folder, "scripts/merge_moe.py or recipes/instruct_tune.py, as the name says")
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
-        "tasks": {task: files.file_hash(scored_file(data, task, args.split)) for task in tasks},
-        "asked": prompting(),
+        "tasks": {task: file_hash(scored_file(data, task, args.split)) for task in tasks},
+        "asked": prompting(tasks),
         "split": args.split,
         "limit": args.limit,
         "bf16": args.bf16,
     }
+    if chats:
+        files_of = {role: file_hash(chat_file(data, role, heldout=True)) for role in talkers}
+        inputs["chats"] = {"files": files_of, "per_role": args.chats}
+    if args.lm_eval_tasks:
+        inputs["lm_eval_tasks"] = args.lm_eval_tasks
     work = runs.begin(target, "evaluate", inputs)
     if work is None:
         return
@@ -130,20 +185,23 @@ def main() -> None:
             continue
         print(f"Evaluating {name}")
         try:
-            files.write_json(part, evaluate_model(folder, rows, work, bf16=args.bf16))
+            found = evaluate_model(folder, tasks, rows, chats, work, bf16=args.bf16)
+            found["lm_eval"] = run_other_tasks(folder, args.lm_eval_tasks, args.lm_eval_path, args.limit)
+            write_json(part, found)
         except NotFiniteError as error:
             raise NotFiniteError(f"{folder}: {error}") from None
 
-    models = {name: files.read_json(work / f"{name}.json") for name in folders}
+    models = {name: read_json(work / f"{name}.json") for name in folders}
     report = {
-        "majority": majority(rows),
+        "tasks": about_tasks(tasks)["tasks"],
+        "majority": majority(tasks, rows),
         "rows": {task: leaks.repetitions(own) for task, own in rows.items()},
         "models": models,
-        "differences": difference(models, rows, TEAM, DENSE),
+        "differences": difference(tasks, models, rows, TEAM, DENSE) if tasks else {},
     }
     plot(report, target.with_suffix(".png"))
     runs.finish_report(target, report)
-    print_table(report)
+    print_report(report)
     print(f"Written to {target} and {target.with_suffix('.png')}")
 
 

@@ -23,8 +23,17 @@ from safetensors.torch import save_file
 
 from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
-from finteam_experts.data.files import check_passages, corpus_file, read_corpus, read_task, task_file, tasks_of
-from finteam_experts.data.tasks import TASKS, prompting, render_all
+from finteam_experts.data.conversations import chat_file, chat_roles, check_chat_roles, read_chats
+from finteam_experts.data.files import (
+    check_passages,
+    check_roles,
+    corpus_file,
+    read_corpus,
+    read_task,
+    task_file,
+    tasks_of,
+)
+from finteam_experts.data.tasks import prompting, render_all
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.files import check_disk_room, file_hash
@@ -48,7 +57,8 @@ def role_text(
     """`tokens` tokens of the role for the regression, or all of fewer, and its held-back passages.
 
     `chat_share` of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
-    questions of the role's tasks with their answers or, for a role without a task, passages as messages.
+    questions of the role's tasks with their answers and its conversations or, for a role that has neither, passages as
+    messages.
     """
     passages = read_corpus(data, role)
     check_passages(data, role, passages)
@@ -56,11 +66,13 @@ def role_text(
     rng.shuffle(passages)
     held_back, passages = passages[:HELD_BACK], passages[HELD_BACK:]
     chats = []
-    for task in (TASKS[name] for name in tasks_of(data) if TASKS[name].role == role):
-        rows = read_task(data, task.name, "train")
+    for task in (task for task in tasks_of(data).values() if task.role == role):
+        rows = read_task(data, task, "train")
         rows = rng.sample(rows, min(len(rows), tokens // 16))
         asked = zip(render_all(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
         chats += [exchange.ids for exchange in form.exchanges(list(asked))]
+    if role in chat_roles(data):
+        chats += [exchange.ids for exchange in form.exchanges(read_chats(data, role)[: tokens // 16])]
     rng.shuffle(chats)
     chats = chats or form.prompts(passages[: tokens // 16])
     chats = _first_tokens([ids[:CHAT_TOKENS] for ids in chats], round(chat_share * tokens))
@@ -140,19 +152,23 @@ def main() -> None:
     made_by = "python scripts/merge_moe.py" if merged else "recipes/instruct_tune.py or scripts/join_experts.py"
     record = runs.require(moe, made_by, unfinished=True)
     names = [member["name"] for member in record["team"]]
+    check_roles(data, tasks_of(data), names)
+    check_chat_roles(data, names)
     if merged:
         check_experts(moe, names, args.run_dir / "experts")
     tokenizer = load_tokenizer(moe)
     form = as_chats(tokenizer, moe)
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
-    own_tasks = [name for name in tasks_of(data) if TASKS[name].role in names]
+    tasks = {name: task for name, task in tasks_of(data).items() if task.role in names}
+    talkers = {name: file_hash(chat_file(data, name)) for name in names if name in chat_roles(data)}
     optional = {"scale": None, "chat_share": CHAT_SHARE}  # recorded where they differ from these
     settings = {key: getattr(args, key) for key in ("tokens_per_role", "ridge", "seed")}
     inputs = {
         "model": fingerprint(moe, PARTS[1:]),
         "corpora": {name: file_hash(corpus_file(data, name)) for name in names},
-        "tasks": {name: file_hash(task_file(data, name, "train")) for name in own_tasks},
-        "asked": prompting(),
+        "tasks": {name: file_hash(task_file(data, name, "train")) for name in tasks},
+        "asked": prompting(tasks),
+        **({"chats": talkers} if talkers else {}),
         "settings": settings
         | {key: getattr(args, key) for key, usual in optional.items() if getattr(args, key) != usual},
     }

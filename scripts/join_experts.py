@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 from finteam_experts import runs
-from finteam_experts.data.tasks import about_tasks, prompting
 from finteam_experts.errors import InputError, run
 from finteam_experts.files import check_disk_room
 from finteam_experts.fingerprints import fingerprint, is_model
@@ -29,26 +28,28 @@ def main() -> None:
 
     moe = args.run_dir / "moe"
     record = runs.require(moe, "python scripts/merge_moe.py")
+    tasks: dict[str, dict] = {}
     folders = {member["name"]: args.run_dir / "experts-instruct" / member["name"] for member in record["team"]}
     for name, folder in folders.items():
         tuned = runs.require(folder, f"recipes/instruct_tune.py --start_from expert --role {name}")
         if not is_model(args.run_dir / "experts" / name, tuned["inputs"]["model"]):
             found = f"{folder} was tuned from another expert than {args.run_dir}/experts/{name}"
             raise InputError(f"{found}. Delete it and tune it again.")
+        tasks |= {key: value for key, value in tuned["inputs"]["asked"].items() if isinstance(value, dict)}
 
     target = args.run_dir / ("average-instruct" if args.average else "moe-instruct")
     experts = list(folders.values())
     inputs = {
         "experts": {name: fingerprint(folder) for name, folder in folders.items()},
         "router": None if args.average else fingerprint(moe),
-        "asked": prompting(),
     }
     work = runs.begin(target, "join_experts", inputs)
     if work is None:
         return
     check_disk_room(target, sum(map(size_of, experts[:1] if args.average else experts)))
     join(experts, None if args.average else read_gates(moe), experts[0] if args.average else moe, work)
-    runs.finish(target, about_tasks() | ({} if args.average else {"team": record["team"]}))
+    about = {"system_prompt": record["system_prompt"], "tasks": list(tasks.values())}
+    runs.finish(target, about | ({} if args.average else {"team": record["team"]}))
     print(
         f"{target}: {len(experts)} experts, "
         + ("averaged" if args.average else f"side by side, with the router of {moe}")

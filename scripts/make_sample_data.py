@@ -8,13 +8,14 @@ Beside the corpora of moe_merge.yaml's roles there are two for the examples of a
 
 import argparse
 import random
+import shutil
 from pathlib import Path
 
 from finteam_experts import runs
 from finteam_experts.data.files import corpus_file, task_file, write_rows
 from finteam_experts.data.sample.corpora import ROLES, corpus
-from finteam_experts.data.sample.task_rows import task_rows
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.sample.task_rows import MAKERS, task_rows
+from finteam_experts.data.tasks import FOLDER
 from finteam_experts.errors import run
 
 PASSAGES, HELDOUT_PASSAGES = 1000, 120  # per role
@@ -27,10 +28,11 @@ def write_data(folder: Path, seed: int) -> None:
         train, heldout = corpus(role, PASSAGES, HELDOUT_PASSAGES, random.Random(f"{seed} {role}"))
         write_rows(corpus_file(folder, role), train)
         write_rows(corpus_file(folder, role, heldout=True), heldout)
-    for task in TASKS:
+    for task in MAKERS:
         rows = task_rows(task, TRAIN_ROWS + TEST_ROWS, random.Random(f"{seed} {task}"))
         write_rows(task_file(folder, task, "train"), rows[:TRAIN_ROWS])
         write_rows(task_file(folder, task, "test"), rows[TRAIN_ROWS:])
+        shutil.copyfile(FOLDER / f"{task}.yaml", folder / "tasks" / f"{task}.yaml")
 
 
 def main() -> None:

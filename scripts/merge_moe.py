@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from finteam_experts import runs
-from finteam_experts.data.tasks import about_tasks, prompting
+from finteam_experts.data.tasks import SYSTEM_PROMPT
 from finteam_experts.errors import InputError, run
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint
@@ -76,7 +76,6 @@ def main() -> None:
         "team": names,
         "adapters": adapters,
         "merge": config.model_dump(mode="json", exclude_none=True, exclude={"base_model"}),
-        "tasks": prompting(),
     }
     work = runs.begin(target, "merge_moe", inputs, overwrite=args.overwrite)
     if work is None:
@@ -88,7 +87,9 @@ def main() -> None:
     check_moe(work, base, config)
     (work / GATES).mkdir(exist_ok=True)
     save_file({"gates": read_gates(work)}, work / GATES / f"{config.gate_mode}.safetensors")
-    runs.finish(target, {"team": team_card(names), **about_tasks(), "router": {"kind": config.gate_mode}})
+    runs.finish(
+        target, {"team": team_card(names), "system_prompt": SYSTEM_PROMPT, "router": {"kind": config.gate_mode}}
+    )
     used = config.experts_per_token
     print(f"{target}: {len(names)} experts, {used} per token; every tensor checked against its source")
 

@@ -22,6 +22,7 @@ from trl import SFTConfig
 
 from finteam_experts import models
 from finteam_experts.data.mixture import row_limits
+from finteam_experts.data.tasks import default_tasks
 from finteam_experts.errors import InputError, run
 from finteam_experts.files import check_disk_room, read_yaml
 from finteam_experts.merging.config import read_merge_config, roles, trained_roles
@@ -71,7 +72,7 @@ def training_of(path: Path, args: argparse.Namespace, *, sharded: bool) -> Train
     packed, steps = recipe["packing"], recipe["max_steps"]
     tokens = recipe["max_length"] if packed else args.row_tokens
     if steps < 0:
-        limits = row_limits(recipe.get("rows_per_task"), recipe.get("rows_of_task")).values()
+        limits = row_limits(default_tasks(), recipe.get("rows_per_task"), recipe.get("rows_of_task")).values()
         rows = args.rows if None in limits else sum(limits)
         steps = round(recipe["num_train_epochs"] * rows / (batch * accumulation * args.gpus))
     weight = planning.NF4 if recipe.get("load_in_4bit") else 2 if recipe.get("dtype") == "bfloat16" else planning.FLOAT

@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from finteam_experts import files, runs
+from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
 from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.batches import encode
@@ -32,7 +33,7 @@ from finteam_experts.evaluation.routing import measure_routing
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.merging.gates import GATES, get_gates, load_gates, random_gates, set_gates
 from finteam_experts.merging.join import weight_average
-from finteam_experts.models import load_model, load_tokenizer, local_folder
+from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 
 AVERAGE, ORACLE = "weight average", "oracle: own expert"
 Losses = dict[str, dict[str, float]]  # by model, then by role
@@ -140,6 +141,9 @@ def main() -> None:
         name: folder if folder.is_dir() else base for name, folder in experts.items()
     }  # a generalist is the base
     passages = {name: evenly_spread(read_corpus(data, name, heldout=True), args.passages) for name in names}
+    chats = {}
+    if set(names) <= set(chat_roles(data, heldout=True)):
+        chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.passages) for name in names}
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "dense": {name: fingerprint(folder) for name, folder in {"base": base, **experts}.items()},
@@ -147,16 +151,20 @@ def main() -> None:
         "corpora": {name: files.file_hash(corpus_file(data, name, heldout=True)) for name in names},
         "settings": {"passages": args.passages, "max_tokens": args.max_tokens},
     }
+    if chats:
+        inputs["chats"] = {name: files.file_hash(chat_file(data, name, heldout=True)) for name in names}
     work = runs.begin(target, "report_routing", inputs)
     if work is None:
         return
 
     tokenizer = load_tokenizer(moe)
+    form = as_chats(tokenizer, moe)
     sequences = [encode(tokenizer, passages[name], args.max_tokens) for name in names]
     for name, own in zip(names, sequences, strict=True):
         if not own:
             found = f"{corpus_file(data, name, heldout=True)}: its passages are of one token or none"
             raise InputError(f"{found}, of which there is no loss. Add longer ones.")
+    talks = [[exchange.ids[: args.max_tokens] for exchange in form.exchanges(chats[name])] for name in chats]
     part = work / "dense.json"
     if not part.exists():
         files.write_json(part, dense_losses(base, experts, tokenizer, passages, args.max_tokens))
@@ -176,6 +184,8 @@ def main() -> None:
             print(f"Routing: {folder_name}, {name} router")
             set_gates(model, weights)
             gates[name] = measure_routing(model, tokenizer, sequences)
+            if talks:
+                gates[f"{name}, conversations"] = measure_routing(model, tokenizer, talks, losses=False)
             ladder[f"{folder_name}, {name} router"] = dict(zip(names, gates[name].loss(), strict=True))
         del model
 

@@ -172,10 +172,12 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
             [question_box],
             label="Examples, two for each analyst",
         )
-    with gr.Tab("Tasks"):
+    with gr.Tab("Tasks", visible=bool(team.tasks)):
         gr.Markdown("The tasks that the team was tuned on. It reads the passage and weighs the task's labels.")
         task_box = gr.Dropdown(
-            [(task["title"], name) for name, task in team.tasks.items()], value=next(iter(team.tasks)), label="Task"
+            [(task["title"], name) for name, task in team.tasks.items()],
+            value=next(iter(team.tasks), None),
+            label="Task",
         )
         passage_box = gr.Textbox(label="Passage", lines=4, max_length=MAX_CHARACTERS)
         classify_button = gr.Button("Weigh the labels", variant="primary")

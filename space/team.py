@@ -83,14 +83,14 @@ class Team:
     def __init__(self, model_id: str) -> None:
         card_file = _card_file(model_id)
         card = json.loads(card_file.read_text(encoding="utf-8"))
-        missing = [key for key in ("team", "tasks", "system_prompt") if key not in card]
+        missing = [key for key in ("team", "system_prompt") if key not in card]
         if missing:
             raise ModelError(
                 f"MODEL_ID {model_id}: its finteam.json has no {' and no '.join(missing)}, so it is no team. Name a folder or Hub id "
                 "of one, such as RUN_DIR/moe-instruct."
             )
         self.members: list[dict[str, str]] = card["team"]  # in the order of the model's experts
-        self.tasks: dict[str, dict[str, Any]] = {task["name"]: task for task in card["tasks"]}
+        self.tasks: dict[str, dict[str, Any]] = {task["name"]: task for task in card.get("tasks", ())}
         self.system_prompt: str = card["system_prompt"]
         # the cache names a snapshot's folder after its commit
         self.revision = "local folder" if Path(model_id).is_dir() else card_file.parent.name

@@ -24,8 +24,10 @@ from finteam_experts.data.files import corpus_file, task_file, write_rows
 from finteam_experts.data.sample import corpora
 from finteam_experts.data.sample.corpora import corpus
 from finteam_experts.data.sample.task_rows import task_rows
-from finteam_experts.data.tasks import SYSTEM_PROMPT, TASKS
+from finteam_experts.data.tasks import SYSTEM_PROMPT, default_tasks
 from finteam_experts.models import as_chats, load_tokenizer
+
+TASKS = default_tasks()
 
 REPOSITORY = Path(__file__).parents[1]
 if worker := os.environ.get(

@@ -21,7 +21,7 @@ from transformers import (
 from conftest import CHAT_TEMPLATE, REPOSITORY, call, form_of, instruct_tune, train_expert
 from finteam_experts import runs
 from finteam_experts.data.files import read_task
-from finteam_experts.data.tasks import TASKS, render_all
+from finteam_experts.data.tasks import default_tasks, render_all
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers
 from finteam_experts.files import write_json
@@ -30,6 +30,8 @@ from finteam_experts.merging.join import weight_average
 from finteam_experts.models import check_base, load_model, stored_dtype
 from finteam_experts.runs import read_record
 from templates import TEMPLATES
+
+TASKS = default_tasks()
 
 SIZE = {
     "vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -309,7 +311,7 @@ def test_a_base_goes_all_the_way(toy_base, toy_data, tmp_path, name, template):
         form, model = form_of(tmp_path / name), load_model(tmp_path / name)
         assert read_record(tmp_path / name)["results"]["merge_difference"] < 1e-2
         task, lm = TASKS["headlines"], LabelScoringLM(pretrained=model, form=form)
-        prompts = render_all(task, read_task(toy_data, "headlines", "train"), form.tokenizer)
+        prompts = render_all(task, read_task(toy_data, TASKS["headlines"], "train"), form.tokenizer)
         answers = greedy_answers(model, form, prompts)
         written = [
             answer.split("<")[0].strip()[:4] for answer in answers

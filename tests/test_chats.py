@@ -13,11 +13,13 @@ from trl import SFTConfig
 from conftest import call, form_of, instruct_tune, load_script
 from finteam_experts.chats import TEMPLATE_SETTINGS, ChatFormat, chat_format
 from finteam_experts.data.files import task_file, write_rows
-from finteam_experts.data.tasks import SYSTEM_PROMPT, TASKS, render, render_all
+from finteam_experts.data.tasks import SYSTEM_PROMPT, default_tasks, render, render_all
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers
 from finteam_experts.models import load_model, load_tokenizer, read_config
 from templates import BROKEN, SYSTEM_TURN, TEMPLATES
+
+TASKS = default_tasks()
 
 MEMORISE = ("--max_steps", 150, "--learning_rate", "2e-2", "--lora_r", 16, "--save_steps", 1000)
 QUESTION = "Sales rose.\n\nIs that good? Answer No or Yes."
@@ -67,7 +69,7 @@ def test_training_scoring_and_answers_use_the_same_tokens(with_template, toy_dat
     script = load_script("recipes/instruct_tune.py")
     args = SFTConfig(output_dir="x", use_cpu=True, bf16=False, report_to="none", max_length=None)
     rows = script.tuning_dataset(
-        script.TuneArguments(data_dir=str(toy_data), rows_per_task=2), args, form, [], read_config(folder)
+        script.TuneArguments(data_dir=str(toy_data), rows_per_task=2), TASKS, args, form, [], read_config(folder)
     )
     assert len(rows) == 8
     scored = []

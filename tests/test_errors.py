@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from conftest import REPOSITORY, call, instruct_tune, shell, train_expert
+from conftest import REPOSITORY, TASKS, call, instruct_tune, shell, train_expert
 from finteam_experts import errors
-from finteam_experts.data.files import corpus_file, read_corpus, read_task, task_file, tasks_of
+from finteam_experts.data.files import corpus_file, read_corpus, read_task, task_file, tasks_in
 from finteam_experts.data.tasks import FOLDER, read_task_file
 from finteam_experts.errors import InputError
 from finteam_experts.runs import RECORD, read_record, require
@@ -22,7 +22,7 @@ from finteam_experts.runs import RECORD, read_record, require
 
 @pytest.fixture
 def data(tmp_path, toy_data):
-    tasks_of.cache_clear()
+    tasks_in.cache_clear()
     return shutil.copytree(toy_data, tmp_path / "data")
 
 
@@ -47,7 +47,7 @@ def test_other_columns_are_text_too(data):
     with task_file(data, "fpb", "train").open("ab") as file:
         file.write(b'{"text": "x", "label": "neutral", "question": "\\udc00?"}\n')
     with pytest.raises(InputError, match="line 29: column 'question' holds half a character"):
-        read_task(data, "fpb", "train")
+        read_task(data, TASKS["fpb"], "train")
 
 
 def test_held_out_passages_of_one_token_are_refused_before_the_training(new_run):
@@ -95,7 +95,7 @@ def test_columns_of_a_streamed_corpus(new_run, tmp_path, values, message):
         ),
         (("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [up, Up]"), "a label twice"),
         (("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [up]"), "two or more labels"),
-        (("  role: micro\n", ""), "metadata.role is None"),
+        (("  role: micro\n", "  role: 1\n"), "metadata.role is 1"),
         (("main_score: macro_f1", "main_score: f1"), "metadata.main_score is 'f1'; it is one of"),
         (("max_text_tokens: 256", "max_text_tokens: many"), "metadata.max_text_tokens is 'many'"),
         (("task: fpb", "task: fbp"), "task is 'fbp'; it must be the file's name, 'fpb'"),
@@ -113,7 +113,7 @@ def test_a_wrong_task_file(tmp_path, change, message):
 
 
 def test_a_directory_with_some_of_the_tasks(new_run, capsys):
-    tasks_of.cache_clear()
+    tasks_in.cache_clear()
     for task in ("fiqasa", "stock_movement", "headlines"):
         for split in ("train", "test"):
             task_file(new_run / "data", task, split).unlink()
@@ -126,13 +126,13 @@ def test_a_directory_with_some_of_the_tasks(new_run, capsys):
 
 
 def test_a_directory_without_tasks(new_run):
-    tasks_of.cache_clear()
+    tasks_in.cache_clear()
     shutil.rmtree(new_run / "data/tasks")
-    with pytest.raises(InputError, match="data/tasks has no TASK_train.jsonl"):
+    with pytest.raises(InputError, match="has nothing to tune on: no tasks/TASK_train.jsonl and no chats/ROLE.jsonl"):
         instruct_tune(new_run, "dense")
     task_file(new_run / "data", "fpb", "train").parent.mkdir()
     task_file(new_run / "data", "fpb", "train").write_text('{"text": "x", "label": "neutral"}\n')
-    tasks_of.cache_clear()
+    tasks_in.cache_clear()
     with pytest.raises(InputError, match="fpb_test.jsonl does not exist"):
         instruct_tune(new_run, "dense")
 

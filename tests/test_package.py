@@ -15,8 +15,10 @@ import importlib, pkgutil
 import finteam_experts
 for module in pkgutil.walk_packages(finteam_experts.__path__, "finteam_experts."):
     importlib.import_module(module.name)
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import default_tasks
 from finteam_experts.publishing import cards
+
+TASKS = default_tasks()
 print(finteam_experts.__file__, sorted(TASKS), sorted(cards._ENVIRONMENT.list_templates()))
 """
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import REPOSITORY, call, fit_router, instruct_tune, train_expert
+from conftest import REPOSITORY, TASKS, call, fit_router, instruct_tune, train_expert
 from finteam_experts import runs
-from finteam_experts.data import tasks
 from finteam_experts.data.files import corpus_file, task_file
+from finteam_experts.data.tasks import FOLDER
 from finteam_experts.errors import InputError, NotFiniteError
 from finteam_experts.files import write_json
 from finteam_experts.fingerprints import PARTS, fingerprint
@@ -100,12 +100,10 @@ def test_a_changed_expert_of_a_team_is_noticed(copied_run):
 
 
 @pytest.fixture
-def other_question(monkeypatch, tmp_path):
+def other_question(copied_run):
     """fpb asks something else."""
-    folder = shutil.copytree(tasks.FOLDER, tmp_path / "tasks", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    edit(folder / "fpb.yaml", "What does this mean for the company?", "Is this news good?")
-    changed = {path.stem: tasks.read_task_file(path) for path in sorted(folder.glob("*.yaml"))}
-    monkeypatch.setattr(tasks.TASKS, "by_name", changed)
+    text = (FOLDER / "fpb.yaml").read_text().replace("What does this mean for the company?", "Is this news good?")
+    (copied_run / "data/tasks/fpb.yaml").write_text(text)
 
 
 def test_another_question_is_noticed(copied_run, other_question):
@@ -117,14 +115,12 @@ def test_another_question_is_noticed(copied_run, other_question):
     ):
         with pytest.raises(InputError, match=changed):
             step()
-    with pytest.raises(InputError, match=changed.replace("asked", "tasks")):
-        merge(copied_run)
 
 
 def test_the_split_that_is_scored_is_recorded(copied_run):
     valid = ("--split", "valid", "--models", "base", "--name", "valid")
-    for task in tasks.TASKS:
-        rows = [{"text": f"Validation {task} {n}.", "label": tasks.TASKS[task].labels[0]} for n in range(4)]
+    for task in TASKS:
+        rows = [{"text": f"Validation {task} {n}.", "label": TASKS[task].labels[0]} for n in range(4)]
         task_file(copied_run / "data", task, "valid").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate(copied_run, *valid)
     edit(task_file(copied_run / "data", "fpb", "valid"), "Validation fpb 0.", "Another one.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-Turns = list[dict[str, str]]  # {"role": "user" or "assistant", "content": text}
+Turns = list[dict[str, str]]  # {"role": "user", "assistant" or, first, "system", "content": text}
 
 # What templates let their caller decide. Reasoning is off, under each of its names. The date is fixed: otherwise a model
 # would be scored on another prompt than the one it was trained on the day before.
@@ -59,18 +59,29 @@ class ChatFormat:
     system_turn: bool  # False: the system prompt opens the first user turn
 
     def messages(self, turns: Turns | str) -> Turns:
-        """The conversation with its system prompt, as `apply_chat_template` takes it. A string is a single question."""
+        """The conversation with its system prompt, as `apply_chat_template` takes it. A string is a single question.
+
+        A conversation that begins with a system turn keeps that one.
+        """
         if isinstance(turns, str):
             turns = [{"role": "user", "content": turns}]
+        system = self.system_prompt
+        if turns[0]["role"] == "system":
+            system, turns = turns[0]["content"], turns[1:]
         if self.system_turn:
-            return [{"role": "system", "content": self.system_prompt}, *turns]
-        return [{"role": "user", "content": f"{self.system_prompt}\n\n{turns[0]['content']}"}, *turns[1:]]
+            return [{"role": "system", "content": system}, *turns]
+        return [{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
 
     def prompts(self, conversations: list[Turns] | list[str]) -> list[list[int]]:
         """The token ids of each conversation up to where the model is to answer."""
         if not conversations:
             return []
         return self.tokenizer([self._prompt(turns) for turns in conversations], add_special_tokens=False)["input_ids"]
+
+    def texts(self, conversations: list[tuple[Turns, str]]) -> list[str]:
+        """Each conversation with its answer as the template writes it, without a first token that the tokenizer adds itself."""
+        bos = self.tokenizer.bos_token if self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
+        return [self._answered(turns, answer).removeprefix(bos or "") for turns, answer in conversations]
 
     def exchanges(self, conversations: list[tuple[Turns | str, str]]) -> list[Exchange]:
         """The token ids of each conversation with its answer, in prompt, answer and end.

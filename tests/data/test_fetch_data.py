@@ -8,9 +8,10 @@ import pytest
 import yaml
 from datasets.exceptions import DatasetNotFoundError
 
-from conftest import REPOSITORY, call, load_script
+from conftest import REPOSITORY, TASKS, call, load_script
+from finteam_experts.data.fetching import question_of
 from finteam_experts.data.files import read_corpus, read_task, task_file
-from finteam_experts.data.hub import Source, question_of, read_sources, splits_of
+from finteam_experts.data.hub import Source, read_sources, splits_of
 from finteam_experts.errors import InputError
 from finteam_experts.runs import read_record, work_folder
 
@@ -102,13 +103,13 @@ def test_the_shipped_tables_read(name, tasks):
 def test_fetched_folder_is_a_data_directory(hub, capsys):
     fetch(hub)
     data = hub / "data"
-    train, valid, test = (read_task(data, "fpb", split) for split in ("train", "valid", "test"))
+    train, valid, test = (read_task(data, TASKS["fpb"], split) for split in ("train", "valid", "test"))
     assert (len(train), len(valid), len(test)) == (12, 3, 5)  # without the repetition and the test text
     assert {row["label"] for row in train} == {"positive", "neutral", "negative"}
-    questions = {row["question"] for row in read_task(data, "headlines", "test")}
+    questions = {row["question"] for row in read_task(data, TASKS["headlines"], "test")}
     assert questions == {f"Does the headline talk about price going {way}?" for way in ("up", "down")}
-    assert read_task(data, "headlines", "test")[0]["text"] == "gold test 0"
-    assert len(read_task(data, "headlines", "test")) == 10
+    assert read_task(data, TASKS["headlines"], "test")[0]["text"] == "gold test 0"
+    assert len(read_task(data, TASKS["headlines"], "test")) == 10
     assert "CC BY-NC-SA 3.0" in (data / "README.md").read_text()
     rows = read_record(data)["results"]["rows"]
     assert rows["tasks/fpb_train.jsonl"] == 12
@@ -141,7 +142,11 @@ def test_integer_labels_and_rows_without_text(hub, capsys):
     (hub / "hub/fpb/valid.jsonl").unlink()
     change(hub, "tasks", "fpb", label="label", labels={0: "negative", 1: "neutral", 2: "positive"})
     fetch(hub)
-    assert [row["label"] for row in read_task(hub / "data", "fpb", "test")[:3]] == ["negative", "neutral", "positive"]
+    assert [row["label"] for row in read_task(hub / "data", TASKS["fpb"], "test")[:3]] == [
+        "negative",
+        "neutral",
+        "positive",
+    ]
     assert "fpb: 2 test rows of" in capsys.readouterr().out
     assert not task_file(hub / "data", "fpb", "valid").exists()
 
@@ -150,7 +155,7 @@ def test_a_few_rows_are_not_the_first(hub):
     """Sets are often sorted by date."""
     write(hub / "hub/fpb", "test", [{"text": f"{SENTENCE} test {n}", "answer": "neutral"} for n in range(500)])
     fetch(hub, "--max_rows", 20)
-    drawn = [int(row["text"].rpartition(" ")[2]) for row in read_task(hub / "data", "fpb", "test")]
+    drawn = [int(row["text"].rpartition(" ")[2]) for row in read_task(hub / "data", TASKS["fpb"], "test")]
     assert max(drawn) > 100
 
 
@@ -197,7 +202,7 @@ def test_a_set_with_configurations_needs_one(hub):
         fetch(hub)
     change(hub, "tasks", "fpb", config="half")
     fetch(hub)
-    assert len(read_task(hub / "data", "fpb", "test")) == 5
+    assert len(read_task(hub / "data", TASKS["fpb"], "test")) == 5
 
 
 def test_a_file_that_is_not_utf8(hub):
@@ -213,7 +218,7 @@ def test_a_file_that_is_not_utf8(hub):
 def test_limits_and_choices(hub):
     fetch(hub, "--max_rows", 4, "--tasks", "fpb", "--roles")
     data = hub / "data"
-    assert len(read_task(data, "fpb", "test")) == 4
+    assert len(read_task(data, TASKS["fpb"], "test")) == 4
     assert not (data / "corpora").exists()
     assert not (data / "tasks/headlines_test.jsonl").exists()
     with pytest.raises(InputError, match="max_rows: recorded 4, now None"):

@@ -10,8 +10,10 @@ from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus, 
 from finteam_experts.data.leaks import check_tasks
 from finteam_experts.data.mixture import tuning_rows
 from finteam_experts.data.prompts import HEADER, compact_prices
-from finteam_experts.data.tasks import TASKS, render
+from finteam_experts.data.tasks import default_tasks, render
 from finteam_experts.errors import InputError
+
+TASKS = default_tasks()
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def rewrite(path, line, row):
 def test_reads_every_file(data):
     assert len(read_corpus(data, "macro")) == 60
     for task in TASKS:
-        assert {"text", "label"} <= read_task(data, task, "test")[0].keys()
+        assert {"text", "label"} <= read_task(data, TASKS[task], "test")[0].keys()
 
 
 def test_missing_and_empty_files(data):
@@ -53,13 +55,13 @@ def test_missing_and_empty_files(data):
 def test_bad_rows(data, row, message):
     rewrite(task_file(data, "headlines", "train"), 3, row)
     with pytest.raises(InputError, match=message):
-        read_task(data, "headlines", "train")
+        read_task(data, TASKS["headlines"], "train")
 
 
 def test_unknown_label_names_the_nearest(data):
     rewrite(task_file(data, "fpb", "train"), 1, {"text": "x", "label": "Positive"})
     with pytest.raises(InputError, match="Did you mean 'positive'"):
-        read_task(data, "fpb", "train")
+        read_task(data, TASKS["fpb"], "train")
 
 
 def test_test_row_in_train(data):
@@ -85,26 +87,26 @@ def test_prompt_keeps_the_question_when_the_text_is_long(toy_base):
 def test_validation_rows_are_a_tenth_of_train_or_a_file_of_their_own(data):
     path = task_file(data, "fpb", "train")
     path.write_text("".join(json.dumps({"text": f"Text {n}.", "label": "neutral"}) + "\n" for n in range(600)))
-    valid = read_task(data, "fpb", "valid")
+    valid = read_task(data, TASKS["fpb"], "valid")
     assert 30 < len(valid) < 100
     limits = dict.fromkeys(TASKS)
-    held_back, all_rows = (tuning_rows(data, 0, limits, hold_out=flag) for flag in (True, False))
+    held_back, all_rows = (tuning_rows(data, TASKS, 0, limits, hold_out=flag) for flag in (True, False))
     trained = [row for task, row in held_back if task == "fpb"]
     assert len(trained) + len(valid) == 600
     assert not {row["text"] for row in trained} & {row["text"] for row in valid}
     assert sum(task == "fpb" for task, _ in all_rows) == 600
 
     task_file(data, "fpb", "valid").write_text(json.dumps({"text": "Another.", "label": "neutral"}) + "\n")
-    assert [row["text"] for row in read_task(data, "fpb", "valid")] == ["Another."]
-    assert sum(task == "fpb" for task, _ in tuning_rows(data, 0, limits, hold_out=True)) == 600
+    assert [row["text"] for row in read_task(data, TASKS["fpb"], "valid")] == ["Another."]
+    assert sum(task == "fpb" for task, _ in tuning_rows(data, TASKS, 0, limits, hold_out=True)) == 600
 
 
 def test_tuning_rows_keep_their_limits_and_follow_the_seed(data):
     limits = dict.fromkeys(TASKS, 9) | {"fiqasa": 4}
-    rows = tuning_rows(data, 0, limits, hold_out=False)
+    rows = tuning_rows(data, TASKS, 0, limits, hold_out=False)
     assert {task: sum(name == task for name, _ in rows) for task in TASKS} == limits
-    assert rows == tuning_rows(data, 0, limits, hold_out=False)
-    assert rows != tuning_rows(data, 1, limits, hold_out=False)
+    assert rows == tuning_rows(data, TASKS, 0, limits, hold_out=False)
+    assert rows != tuning_rows(data, TASKS, 1, limits, hold_out=False)
 
 
 def test_passages_are_spread_evenly():

@@ -10,9 +10,11 @@ import pytest
 
 from finteam_experts.data.files import corpus_file, read_task, task_file, text_key
 from finteam_experts.data.leaks import check_corpora, check_tasks, repetitions
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import default_tasks
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.metrics import scores_with_errors, text_units, unlike_written
+
+TASKS = default_tasks()
 
 TEXT = "Café Fiduciaire’s operating profit rose to EUR 13.1 mn, from EUR 8.7 mn in the year before."
 
@@ -53,7 +55,7 @@ def test_rows_of_signs_alone_are_compared_as_they_are(data):
 def test_a_corpus_that_holds_its_held_out_text(data):
     shutil.copy(corpus_file(data, "macro"), corpus_file(data, "macro", heldout=True))
     with pytest.raises(InputError, match=r"macro_heldout\.jsonl, line 1: the same text is in .*macro\.jsonl, line 1"):
-        check_corpora(data, ["macro"], TASKS)
+        check_corpora(data, ["macro"])
 
 
 @pytest.mark.parametrize("text", [TEXT, "Up 3 %"])
@@ -64,8 +66,8 @@ def test_a_corpus_that_holds_a_test_text(data, text):
     with pytest.raises(
         InputError, match=r"micro\.jsonl, line 61: it holds the text of a test row, .*fpb_test\.jsonl, line 13"
     ):
-        check_corpora(data, ["micro"], TASKS)
-    check_corpora(data, ["macro", "quant"], TASKS)
+        check_corpora(data, ["micro"])
+    check_corpora(data, ["macro", "quant"])
 
 
 def test_repetitions_are_counted_and_count_once():
@@ -97,11 +99,11 @@ def test_a_question_that_is_not_asked(data, question, expected):
     task_file(data, "fpb", "test").write_text(
         json.dumps({"text": "x", "label": "neutral", "question": question}) + "\n"
     )
-    assert read_task(data, "fpb", "test") == [{"text": "x", "label": "neutral", **expected}]
+    assert read_task(data, TASKS["fpb"], "test") == [{"text": "x", "label": "neutral", **expected}]
 
 
 @pytest.mark.parametrize("question", [7, ["Up?"], True])
 def test_a_question_that_is_no_text(data, question):
     add(task_file(data, "fpb", "test"), text="x", label="neutral", question=question)
     with pytest.raises(InputError, match=r"fpb_test\.jsonl, line 13: the question is .*Write text, or null"):
-        read_task(data, "fpb", "test")
+        read_task(data, TASKS["fpb"], "test")

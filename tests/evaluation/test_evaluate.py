@@ -13,12 +13,14 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from conftest import call, chat, form_of
 from finteam_experts.data.files import rows_to_score
-from finteam_experts.data.tasks import TASKS, render, render_all
+from finteam_experts.data.tasks import default_tasks, render, render_all
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers
 from finteam_experts.evaluation.metrics import confusion, scores, scores_with_errors
 from finteam_experts.evaluation.routing import expert_shares
 from finteam_experts.models import load_model, load_tokenizer
+
+TASKS = default_tasks()
 
 
 def evaluate(run_dir, *arguments):
@@ -112,7 +114,7 @@ def test_generated_score_counts_the_first_label(done_run):
     report = json.loads((done_run / "reports/evaluation.json").read_text())
     for name in ("moe", "moe-instruct"):
         model, form = load_model(done_run / name), form_of(done_run / name)
-        rows = rows_to_score(done_run / "data", "fpb", "test", None)
+        rows = rows_to_score(done_run / "data", TASKS["fpb"], "test", None)
         prompts = render_all(TASKS["fpb"], rows, form.tokenizer)
         found = [first_label(answer, TASKS["fpb"].labels) for answer in greedy_answers(model, form, prompts)]
         generated = report["models"][name]["tasks"]["fpb"]["generated"]
@@ -124,7 +126,7 @@ def test_generated_score_counts_the_first_label(done_run):
 def test_label_loss_is_the_cross_entropy_among_the_labels(done_run):
     model, tokenizer = load_model(done_run / "dense-instruct"), load_tokenizer(done_run / "dense-instruct")
     task, losses = TASKS["headlines"], []
-    for row in rows_to_score(done_run / "data", "headlines", "test", None):
+    for row in rows_to_score(done_run / "data", TASKS["headlines"], "test", None):
         prompt = tokenizer.apply_chat_template(
             chat(render(task, row, tokenizer)), add_generation_prompt=True, tokenize=False
         )

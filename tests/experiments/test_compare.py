@@ -11,11 +11,13 @@ import yaml
 
 from comparison import read_comparison
 from conftest import REPOSITORY, SHORT, call, load_script
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import default_tasks
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.metrics import majority_vote, paired_difference
 from finteam_experts.models import empty_model, parameter_counts, read_config
 from report import bag_of_words, digest
+
+TASKS = default_tasks()
 
 PUBLISHED = sorted((REPOSITORY / "experiments").rglob("comparison.yaml"))
 DENSE, MOE = (str(REPOSITORY / f"recipes/sample/instruct_tune_{kind}.yaml") for kind in ("dense", "moe"))

@@ -14,9 +14,11 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from conftest import REPOSITORY, chat
-from finteam_experts.data.tasks import TASKS, render
+from finteam_experts.data.tasks import default_tasks, render
 from finteam_experts.evaluation.routing import mixing_weights
 from finteam_experts.models import load_model, load_tokenizer
+
+TASKS = default_tasks()
 
 TITLES = ["Macro analyst", "Micro analyst", "Quantitative analyst"]
 

@@ -13,11 +13,14 @@ from trl import SFTConfig, SFTTrainer
 
 from conftest import REPOSITORY, call, form_of, instruct_tune, load_script, train_expert
 from finteam_experts.data.files import corpus_file, task_file, write_rows
-from finteam_experts.data.tasks import TASKS, render
+from finteam_experts.data.mixture import tuning_rows
+from finteam_experts.data.tasks import default_tasks, render
 from finteam_experts.errors import InputError, NotFiniteError
 from finteam_experts.models import load_model, load_tokenizer
 from finteam_experts.runs import read_record
 from finteam_experts.training.trainer import RecipeTrainer
+
+TASKS = default_tasks()
 
 
 @pytest.mark.parametrize(
@@ -268,8 +271,8 @@ def test_the_recipe_trains_on_what_trl_would_make_of_the_conversations(toy_base,
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None, padding_free=True
     )
     arguments = script.TuneArguments(data_dir=str(toy_data), rows_per_task=3)
-    ours = script.tuning_dataset(arguments, args, form, [], load_model(toy_base).config)
-    rows = script.tuning_rows(toy_data, 42, arguments.limits(), hold_out=False)
+    ours = script.tuning_dataset(arguments, TASKS, args, form, [], load_model(toy_base).config)
+    rows = tuning_rows(toy_data, TASKS, 42, arguments.limits(TASKS), hold_out=False)
     asked = [
         {
             "prompt": form.messages(render(TASKS[task], row, form.tokenizer)),

@@ -102,5 +102,5 @@ def test_an_expert_alone_on_its_own_tasks(copied_run):
     results = read_record(copied_run / "experts-instruct/macro")["results"]
     assert results["rows_seen"] == 8  # one of the four tasks
     shutil.copytree(copied_run / "experts/macro", copied_run / "experts/base")
-    with pytest.raises(InputError, match="no task is of the role base"):
+    with pytest.raises(InputError, match="no task or conversation is of the role base"):
         instruct_tune(copied_run, "dense", "--start_from", "expert", "--role", "base", "--own_tasks", "true")

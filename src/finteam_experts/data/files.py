@@ -3,6 +3,7 @@
 
     corpora/{role}.jsonl, corpora/{role}_heldout.jsonl      {"text": str}
     tasks/{task}_train.jsonl, tasks/{task}_test.jsonl       {"text": str, "label": str, "question": str (optional)}
+    tasks/{task}.yaml                                       an lm-eval task: labels, question, role, main score
 
 Other columns are allowed and ignored. A task may have a TASK_valid.jsonl as well; where it has none, a tenth of its train
 rows serves for validation.
@@ -12,13 +13,14 @@ import hashlib
 import json
 import random
 import unicodedata
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import Task, Tasks, default_tasks, read_task_file
 from finteam_experts.errors import InputError, is_main_process, nearest
 from finteam_experts.files import write_text
 
@@ -39,14 +41,49 @@ def task_file(data_dir: Path, task: str, split: str) -> Path:
 
 
 @cache
-def tasks_of(data_dir: Path) -> list[str]:
-    """The tasks that a data directory has rows of; `InputError` if it has none. Rows of unknown tasks are reported."""
-    found = {path.stem.rpartition("_")[0] for path in (data_dir / "tasks").glob("*_*.jsonl")}
-    if not found & set(TASKS):
-        raise InputError(f"{data_dir}/tasks has no TASK_train.jsonl and TASK_test.jsonl of any of {', '.join(TASKS)}.")
-    for name in sorted(found - set(TASKS)) if is_main_process() else ():
-        print(f"{data_dir}/tasks/{name}_*.jsonl are left out: there is no task '{name}'.{nearest(name, TASKS)}")
-    return [name for name in TASKS if name in found]
+def tasks_in(data_dir: Path) -> Tasks:
+    """All tasks of a data directory: with a file of their own or, by the name of their rows, the package's."""
+    folder, found = data_dir / "tasks", {}
+    files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    for path in folder.glob("*.yml"):
+        raise InputError(f"{path}: task files end with .yaml. Rename it to {path.stem}.yaml.")
+    for name in sorted({path.stem.rpartition("_")[0] for path in folder.glob("*_*.jsonl")} | set(files)):
+        if name in files:
+            found[name] = read_task_file(files[name])
+        elif name in default_tasks():
+            found[name] = default_tasks()[name]
+        elif is_main_process():
+            hint = nearest(name, default_tasks()) or f" Describe it in {folder}/{name}.yaml."
+            print(f"{folder}/{name}_*.jsonl are left out: there is no task '{name}'.{hint}")
+    return found
+
+
+def tasks_of(data_dir: Path, chosen: Collection[str] | None = None) -> Tasks:
+    """The tasks that a data directory has, or the `chosen` ones of them; `InputError` for an unknown name.
+
+    Rows of unknown tasks are reported on the screen.
+    """
+    found = tasks_in(data_dir)
+    for name in chosen or ():
+        if name not in found:
+            raise InputError(f"--tasks {name}: {data_dir} has the tasks {', '.join(found)}.{nearest(name, found)}")
+    return found if chosen is None else {name: found[name] for name in chosen}
+
+
+def require_tasks(data_dir: Path, chosen: Collection[str] | None = None) -> Tasks:
+    """The same; `InputError` if there is none."""
+    if not (found := tasks_of(data_dir, chosen)):
+        raise InputError(f"{data_dir}/tasks has no TASK_train.jsonl and TASK_test.jsonl of a task. {CONTRACT}")
+    return found
+
+
+def check_roles(data_dir: Path, tasks: Tasks, team: Collection[str]) -> None:
+    """Raise `InputError` if a task of the directory's own is of a role that the team does not have."""
+    for name, task in tasks.items():
+        path = data_dir / "tasks" / f"{name}.yaml"
+        if task.role and task.role not in team and path.is_file():
+            advice = "Correct it, leave it out for a task of no single analyst, or add the role to the merge."
+            raise InputError(f"{path}: metadata.role is '{task.role}', and the team has {', '.join(team)}. {advice}")
 
 
 def check_passages(data_dir: Path, role: str, passages: list[str]) -> None:
@@ -61,31 +98,31 @@ def read_corpus(data_dir: Path, role: str, *, heldout: bool = False) -> list[str
     return [row["text"] for row in read_rows(corpus_file(data_dir, role, heldout=heldout), ("text",))]
 
 
-def evenly_spread(passages: list[str], count: int) -> list[str]:
-    """`count` of the passages, or all of fewer, evenly spread over them: a corpus may be ordered by source."""
-    return [passages[place] for place in np.linspace(0, len(passages) - 1, min(count, len(passages)), dtype=int)]
+def evenly_spread(items: list[Any], count: int) -> list[Any]:
+    """`count` of the items, or all of fewer, evenly spread over them: a file may be ordered by source."""
+    return [items[place] for place in np.linspace(0, len(items) - 1, min(count, len(items)), dtype=int)]
 
 
-def read_task(data_dir: Path, task: str, split: str) -> list[Row]:
+def read_task(data_dir: Path, task: Task, split: str) -> list[Row]:
     """The rows of one task and split, each with `text`, `label` and, if it asks its own, `question`.
 
     `train` is the whole file, `valid` the rows of train that are `held_out` if there is no file for it. A row whose question
     is null or blank asks the task's. Raises `InputError` for a missing or empty file, a missing column, an unknown label or
     a question that is no text.
     """
-    path, labels, found = scored_file(data_dir, task, split), TASKS[task].labels, []
+    path, found = scored_file(data_dir, task.name, split), []
     for line, row in enumerate(read_rows(path, ("text", "label")), start=1):
         label, question = row["label"], row.get("question")
-        if label not in labels:
-            known = f"{task} has the labels {', '.join(labels)}.{nearest(label, labels)}"
+        if label not in task.labels:
+            known = f"{task.name} has the labels {', '.join(task.labels)}.{nearest(label, task.labels)}"
             raise InputError(f"{path}, line {line}: unknown label '{label}'. {known}")
         if question is not None and not isinstance(question, str):
             advice = "Write text, or null for the task's own question."
             raise InputError(f"{path}, line {line}: the question is {question!r}. {advice}")
         own = {"question": question} if question and question.strip() else {}
         found.append({"text": row["text"], "label": label} | own)
-    from_train = split == "valid" and path == task_file(data_dir, task, "train")
-    return [row for row in found if held_out(data_dir, task, row)] if from_train else found
+    from_train = split == "valid" and path == task_file(data_dir, task.name, "train")
+    return [row for row in found if held_out(data_dir, task.name, row)] if from_train else found
 
 
 def scored_file(data_dir: Path, task: str, split: str) -> Path:
@@ -94,7 +131,7 @@ def scored_file(data_dir: Path, task: str, split: str) -> Path:
     return path if split != "valid" or path.is_file() else task_file(data_dir, task, "train")
 
 
-def rows_to_score(data_dir: Path, task: str, split: str, limit: int | None) -> list[Row]:
+def rows_to_score(data_dir: Path, task: Task, split: str, limit: int | None) -> list[Row]:
     """The task's rows of that split, or `limit` of them, the same ones each time."""
     rows = read_task(data_dir, task, split)
     return rows if limit is None else random.Random(0).sample(rows, min(limit, len(rows)))

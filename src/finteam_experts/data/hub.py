@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import FOLDER, Tasks, read_task_file
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.files import read_yaml
 
@@ -100,15 +100,34 @@ class TaskSource(Source):
         return {name.lower(): name for name in names}.get(str(mapped).strip().lower())
 
 
+class ChatSource(Source):
+    """Conversations: a column of messages, or a question and its answer, after the passages of `text`."""
+
+    text: tuple[str | Column, ...] = ()
+    messages: str | None = None
+    question: str | Column | None = None
+    answer: str | Column | None = None
+
+    def messages_of(self, row: dict[str, Any]) -> Any:
+        """The row in TRL's conversational format, not yet checked."""
+        if self.messages:
+            return self.value(row, self.messages)
+        asked = "\n\n".join(filter(None, (self.text_of(row), self.read(row, self.question))))
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": self.read(row, self.answer)}]
+
+
 class Sources(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tasks: dict[str, TaskSource] = {}
     roles: dict[str, list[Source]] = {}
+    chats: dict[str, list[ChatSource]] = {}
 
     def listed(self) -> list[tuple[str, Source]]:
         """Every source, with the file of the data directory that it is for."""
-        corpora = [(f"corpora/{role}", source) for role, own in self.roles.items() for source in own]
-        return [*((f"tasks/{name}", source) for name, source in self.tasks.items()), *corpora]
+        found = [(f"tasks/{name}", source) for name, source in self.tasks.items()]
+        for folder, by_role in (("corpora", self.roles), ("chats", self.chats)):
+            found += [(f"{folder}/{role}", source) for role, own in by_role.items() for source in own]
+        return found
 
 
 def read_sources(path: Path) -> Sources:
@@ -118,12 +137,14 @@ def read_sources(path: Path) -> Sources:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}.") from None
-    for name, source in sources.tasks.items():
-        if name not in TASKS:
-            raise InputError(f"{path}: unknown task '{name}'. Known: {', '.join(TASKS)}.{nearest(name, TASKS)}")
-        for label in source.labels.values():
-            if label not in (known := TASKS[name].labels):
-                raise InputError(f"{path}: tasks.{name}.labels: {name} has no label '{label}'.{nearest(label, known)}")
+    for name, task in task_definitions(path, sources).items():
+        for label in sources.tasks[name].labels.values():
+            if label not in task.labels:
+                known = nearest(label, task.labels)
+                raise InputError(f"{path}: tasks.{name}.labels: {name} has no label '{label}'.{known}")
+    for role, source in ((role, source) for role, own in sources.chats.items() for source in own):
+        if bool(source.messages) == bool(source.question and source.answer):
+            raise InputError(f"{path}: chats.{role}: {source.dataset}: name messages, or both question and answer.")
     for _, source in sources.listed():
         for part in (part for part in source.text if isinstance(part, Column)):
             try:
@@ -138,6 +159,20 @@ def read_sources(path: Path) -> Sources:
                 advice = "Name the configuration with config." if key == "name" else f"Known: {', '.join(OPTIONS)}."
                 raise InputError(f"{path}: {source.dataset}: options can't have '{key}'. {advice}")
     return sources
+
+
+def definition_file(table: Path, name: str) -> Path:
+    """The lm-eval task file of a task in the table of sources: tasks/NAME.yaml beside the table, or the package's own."""
+    own, packaged = table.parent / "tasks" / f"{name}.yaml", FOLDER / f"{name}.yaml"
+    if not own.is_file() and not packaged.is_file():
+        hint = nearest(name, [path.stem for path in FOLDER.glob("*.yaml")])
+        raise InputError(f"{table}: unknown task '{name}'.{hint} Describe another one in {own}, an lm-eval task file.")
+    return own if own.is_file() else packaged
+
+
+def task_definitions(table: Path, sources: Sources) -> Tasks:
+    """The tasks of the table of sources."""
+    return {name: read_task_file(definition_file(table, name)) for name in sources.tasks}
 
 
 def splits_of(source: Source, revision: str | None = None) -> list[str]:
@@ -189,22 +224,6 @@ def rows(
         yield from stream
     except (*_FAILURES, ValueError) as error:
         raise source.unreadable(error) from None
-
-
-def question_of(instruction: str, labels: Iterable[str]) -> str:
-    """The question of an instruction, without the text below it and without the request for a form of answer.
-
-    A sentence that names two of the labels, or begins like a request, asks for a form of answer.
-    """
-    asked = re.split(r"\s*\n?\b(?:Text|Context|Headline|News):", instruction, maxsplit=1)[0].strip()
-    named = [re.compile(rf"\b{re.escape(label)}\b") for label in labels]
-    request = r"(?:please|kindly|your (?:response|answer)|(?:only )?(?:answer|respond|reply))\b"
-
-    def is_request(sentence: str) -> bool:
-        return bool(re.match(request, sentence, re.IGNORECASE)) or sum(bool(n.search(sentence)) for n in named) > 1
-
-    sentences = re.split(r"(?<=[.?!])\s+", asked)
-    return " ".join(sentence for sentence in sentences if not is_request(sentence)) or asked
 
 
 def _options(source: Source, revision: str | None) -> dict[str, Any]:

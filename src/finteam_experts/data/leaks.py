@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from finteam_experts.data.conversations import chat_file, conversation_of
 from finteam_experts.data.files import Row, corpus_file, read_rows, task_file, text_key
 from finteam_experts.errors import InputError
 
@@ -25,9 +26,19 @@ def check_tasks(data_dir: Path, tasks: Iterable[str]) -> None:
                 _check_disjoint(files[scored], lines[scored], files[trained], lines[trained])
 
 
-def check_corpora(data_dir: Path, roles: Iterable[str], tasks: Iterable[str]) -> None:
+def check_chats(data_dir: Path, roles: Iterable[str]) -> None:
+    """Raise `InputError` if a held-out conversation is in the train file of any of these roles; it names both lines."""
+    roles = list(roles)
+    trained = {role: _chat_lines(chat_file(data_dir, role)) for role in roles}
+    for role in roles:
+        path = chat_file(data_dir, role, heldout=True)
+        for other in roles if path.is_file() else ():
+            _check_disjoint(path, _chat_lines(path), chat_file(data_dir, other), trained[other])
+
+
+def check_corpora(data_dir: Path, roles: Iterable[str]) -> None:
     """Raise `InputError` if a held-out passage or a test row of any task is in the corpus of one of these roles."""
-    holds = holds_test_text(data_dir, tasks)
+    holds = holds_test_text(data_dir)
     for role in roles:
         path, heldout_path = corpus_file(data_dir, role), corpus_file(data_dir, role, heldout=True)
         passages = _lines(path)
@@ -40,13 +51,12 @@ def check_corpora(data_dir: Path, roles: Iterable[str], tasks: Iterable[str]) ->
                 )
 
 
-def holds_test_text(data_dir: Path, tasks: Iterable[str]) -> Callable[[str], str | None]:
+def holds_test_text(data_dir: Path) -> Callable[[str], str | None]:
     """A function of a passage's `text_key` that tells the file and line of the test row that it holds, if any."""
     whole: dict[str, str] = {}
     parts: dict[str, str] = {}
-    for task in tasks:
-        path = task_file(data_dir, task, "test")
-        for key, line in _lines(path).items() if path.is_file() else ():
+    for path in sorted((data_dir / "tasks").glob("*_test.jsonl")):
+        for key, line in _lines(path).items():
             whole[key] = place = f"{path}, line {line}"
             at = (len(key) - TEST_TEXT) // 2  # price tables share their beginning
             if at >= 0:
@@ -71,6 +81,15 @@ def repetitions(rows: list[Row]) -> dict[str, int]:
         repeated += 1
     repeated -= len(labels) + contradicting
     return {"repeated": repeated, "contradicting": contradicting}
+
+
+def _chat_lines(path: Path) -> dict[str, int]:
+    """The first line of each conversation in a file, by the key of all its turns."""
+    lines: dict[str, int] = {}
+    for line, row in enumerate(read_rows(path, ()), start=1):
+        turns, answer = conversation_of(row.get("messages"), f"{path}, line {line}")
+        lines.setdefault(text_key({"text": " ".join([*(turn["content"] for turn in turns), answer])}), line)
+    return lines
 
 
 def _lines(path: Path) -> dict[str, int]:

@@ -44,5 +44,9 @@ def task_prompt(
     is_cut = len(places) > max_tokens
     if is_cut:
         text = text[: places[max_tokens - 1][1]]
-    listed = " or ".join([", ".join(labels[:-1]), labels[-1]])
-    return PROMPT.format(text=text, question=question, labels=listed), is_cut
+    return plain_prompt(text, question, labels), is_cut
+
+
+def plain_prompt(text: str, question: str, labels: Sequence[str]) -> str:
+    """The user message for a text that is not shortened."""
+    return PROMPT.format(text=text, question=question, labels=" or ".join([", ".join(labels[:-1]), labels[-1]]))

@@ -8,16 +8,19 @@ from typing import Any
 
 import lm_eval
 import torch
-import yaml
+from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from finteam_experts.chats import ChatFormat
-from finteam_experts.data.tasks import FOLDER, SYSTEM_PROMPT
-from finteam_experts.errors import NotFiniteError
+from finteam_experts.chats import ChatFormat, Turns
+from finteam_experts.data.files import Row
+from finteam_experts.data.tasks import SYSTEM_PROMPT, Tasks
+from finteam_experts.errors import InputError, NotFiniteError, nearest
 from finteam_experts.evaluation.batches import padded_batches
 
+OTHER_BATCH = 16  # rows at once of tasks that are lm-eval's own
 Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context tokens, continuation tokens)
 
 
@@ -103,23 +106,62 @@ def _passes(requests: list[Request]) -> list[tuple[list[int], list[int]]]:
     return passes
 
 
-def run_lm_eval(lm: HFLM, prompts: dict[str, list[str]], answers: dict[str, list[str]], work: Path) -> dict[str, Any]:
-    """lm-eval's output for the tasks that `prompts` names, in the chat format of training; `work` takes its data files."""
-    tasks = []
-    for name, own in prompts.items():
+def run_lm_eval(
+    lm: HFLM, tasks: Tasks, prompts: dict[str, list[str]], rows: dict[str, list[Row]], work: Path
+) -> dict[str, Any]:
+    """lm-eval's output for the tasks, in the chat format of training; `work` takes its data files."""
+    found = []
+    for name, task in tasks.items():
         path = work.absolute() / f"{name}.jsonl"
-        rendered = [{"prompt": prompt, "label": label} for prompt, label in zip(own, answers[name], strict=True)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rendered))
-        definition = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-        tasks.append(definition | {"dataset_kwargs": {"data_files": {"test": str(path)}}})
+        asked = zip(prompts[name], rows[name], strict=True)
+        path.write_text("".join(json.dumps({"prompt": prompt, "label": row["label"]}) + "\n" for prompt, row in asked))
+        definition = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(path)}},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "prompt",
+            "doc_to_choice": list(task.labels),
+            "doc_to_target": "label",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        found.append(definition)
     return lm_eval.simple_evaluate(
         lm,
-        tasks=tasks,
-        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        tasks=found,
+        task_manager=TaskManager(include_defaults=False),
         apply_chat_template=True,
         system_instruction=SYSTEM_PROMPT,
-        bootstrap_iters=0,  # scripts/evaluate.py computes errors, for all metrics alike
+        bootstrap_iters=0,  # evaluation.metrics computes errors, for all metrics alike
     )
+
+
+def other_tasks(names: list[str], path: Path | None) -> TaskManager:
+    """lm-eval's manager of the tasks that it knows and of those in `path`; `InputError` if one of `names` is none of them."""
+    manager = TaskManager(include_path=path and str(path))
+    for name in names:
+        if name not in manager.all_tasks:
+            raise InputError(f"--lm_eval_tasks {name}: lm-eval has no such task.{nearest(name, manager.all_tasks)}")
+    return manager
+
+
+def run_other_tasks(
+    folder: Path, names: list[str], path: Path | None, limit: int | None
+) -> dict[str, dict[str, float]]:
+    """lm-eval's own scores of tasks that it knows, by task and metric, in the model's chat format; `path` has more of them."""
+    if not names:
+        return {}
+    manager = other_tasks(names, path)
+    lm = HFLM(pretrained=str(folder), batch_size=OTHER_BATCH, device=str(PartialState().device))
+    output = lm_eval.simple_evaluate(
+        lm, tasks=names, task_manager=manager, limit=limit, apply_chat_template=True, system_instruction=SYSTEM_PROMPT,
+        bootstrap_iters=100,
+    )  # fmt: skip
+    scores = {}
+    for name, result in output["results"].items():
+        scores[name] = {key: value for key, value in result.items() if isinstance(value, float) and "," in key}
+    return scores
 
 
 def first_label(answer: str, labels: tuple[str, ...]) -> str | None:
@@ -131,9 +173,9 @@ def first_label(answer: str, labels: tuple[str, ...]) -> str | None:
 
 @torch.no_grad()
 def greedy_answers(
-    model: torch.nn.Module, form: ChatFormat, prompts: list[str], *, max_new_tokens: int = 8
+    model: torch.nn.Module, form: ChatFormat, prompts: list[str] | list[Turns], *, max_new_tokens: int = 8
 ) -> list[str]:
-    """What the model writes in reply to each user message, always taking the likeliest token."""
+    """What the model writes in reply to each user message or conversation, always taking the likeliest token."""
     answers, tokenizer = [""] * len(prompts), form.tokenizer
     for rows, batch in padded_batches(form.prompts(prompts), tokenizer, title="answers", padding_side="left"):
         batch = batch.to(model.device)

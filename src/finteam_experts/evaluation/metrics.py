@@ -4,7 +4,7 @@
 import numpy as np
 
 from finteam_experts.data.files import text_key
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import Tasks
 
 RESAMPLES = 2000
 
@@ -117,10 +117,9 @@ def paired_difference(
 
 
 def difference_on_rows(
-    rows: dict[str, list[dict[str, str]]], ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
+    tasks: Tasks, rows: dict[str, list[dict[str, str]]], ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
     """`paired_difference` on the scored `rows` of each task: `ours` and `theirs` [seeds, rows] are places in its labels."""
-    tasks = {name: TASKS[name] for name in rows}
     return paired_difference(
         {name: np.array([task.labels.index(row["label"]) for row in rows[name]]) for name, task in tasks.items()},
         {name: text_units(own) for name, own in rows.items()},

@@ -12,10 +12,12 @@ from accelerate import PartialState
 
 from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
+from finteam_experts.data.conversations import Conversation
 from finteam_experts.data.files import Row
-from finteam_experts.data.tasks import TASKS, render_all
+from finteam_experts.data.tasks import Task, Tasks, render_all
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation import metrics
+from finteam_experts.evaluation.answers import score_answers
 from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers, run_lm_eval
 from finteam_experts.evaluation.routing import expert_shares
 from finteam_experts.models import as_chats, is_moe, load_model, load_tokenizer
@@ -26,24 +28,28 @@ ROUTING_ROWS = 8  # prompts per task whose routing is looked at
 Rows = dict[str, list[Row]]  # by task
 
 
-def evaluate_model(folder: Path, rows: Rows, work: Path, *, bf16: bool) -> dict[str, Any]:
-    """Score one model on `rows` of each task; returns its part of the report."""
+def evaluate_model(
+    folder: Path, tasks: Tasks, rows: Rows, chats: dict[str, list[Conversation]], work: Path, *, bf16: bool
+) -> dict[str, Any]:
+    """Score one model on the `rows` of each task and the held-out `chats` of each role; returns its part of the report."""
     start = time.monotonic()
     form = as_chats(load_tokenizer(folder), folder)
     model = load_model(folder).to(PartialState().device)
     if is_moe(model.config) and model.device.type == "cpu":
         split_experts(model)  # twice as fast there; a GPU has kernels for fused experts
-    prompts = {task: render_all(TASKS[task], rows[task], form.tokenizer) for task in rows}
+    prompts = {name: render_all(task, rows[name], form.tokenizer) for name, task in tasks.items()}
     _check_prompts(form, prompts, model.config.max_position_embeddings)
     lm = LabelScoringLM(pretrained=model, form=form, bf16=bf16)
-    output = run_lm_eval(lm, prompts, {task: [row["label"] for row in rows[task]] for task in rows}, work)
+    output = run_lm_eval(lm, tasks, prompts, rows, work) if tasks else {}
     report: dict[str, Any] = {"tasks": {}}
-    for task, own in rows.items():
-        samples, accuracy = output["samples"][task], output["results"][task]["acc,none"]
-        report["tasks"][task] = result = _label_report(task, own, samples)
+    for name, task in tasks.items():
+        samples, accuracy = output["samples"][name], output["results"][name]["acc,none"]
+        report["tasks"][name] = result = _label_report(task, rows[name], samples)
         if abs(result["accuracy"] - accuracy) > 1e-9:
-            raise RuntimeError(f"{task}: accuracy {result['accuracy']} differs from lm-eval's {accuracy}")
-        result["generated"] = _generated(model, form, task, own, prompts[task], samples)
+            raise RuntimeError(f"{name}: accuracy {result['accuracy']} differs from lm-eval's {accuracy}")
+        result["generated"] = _generated(model, form, task, rows[name], prompts[name], samples)
+    labels = {label for task in tasks.values() for label in task.labels}
+    report["answers"] = {role: score_answers(model, form, own, labels) for role, own in chats.items()}
     if is_moe(model.config):
         team = [member["name"] for member in runs.read_record(folder)["team"]]
         report["routing"] = {task: _routing(model, form, team, prompts[task][:ROUTING_ROWS]) for task in rows}
@@ -61,9 +67,9 @@ def _check_prompts(form: ChatFormat, prompts: dict[str, list[str]], positions: i
             )
 
 
-def true_labels(task: str, rows: list[Row]) -> np.ndarray:
+def true_labels(task: Task, rows: list[Row]) -> np.ndarray:
     """Each row's label as its place in the task's list."""
-    return np.array([TASKS[task].labels.index(row["label"]) for row in rows])
+    return np.array([task.labels.index(row["label"]) for row in rows])
 
 
 def _scored_labels(samples: list[dict[str, Any]]) -> torch.Tensor:
@@ -71,8 +77,8 @@ def _scored_labels(samples: list[dict[str, Any]]) -> torch.Tensor:
     return torch.tensor([[score for score, _ in sample["filtered_resps"]] for sample in samples], dtype=torch.double)
 
 
-def _label_report(task: str, rows: list[Row], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    labels, true, scored = TASKS[task].labels, true_labels(task, rows), _scored_labels(samples)
+def _label_report(task: Task, rows: list[Row], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    labels, true, scored = task.labels, true_labels(task, rows), _scored_labels(samples)
     predicted = scored.argmax(-1).numpy()
     return {
         "n": len(samples),
@@ -85,14 +91,14 @@ def _label_report(task: str, rows: list[Row], samples: list[dict[str, Any]]) -> 
 
 
 def _generated(
-    model: torch.nn.Module, form: ChatFormat, task: str, rows: list[Row], prompts: list[str], samples: list[dict]
+    model: torch.nn.Module, form: ChatFormat, task: Task, rows: list[Row], prompts: list[str], samples: list[dict]
 ) -> dict[str, float | bool]:
     """Accuracy and weighted F1 of the first label in the greedy answer; an answer without one is wrong.
 
     Where a label is the likeliest continuation, the answer begins with it: only the other rows are generated.
     `unlike_scores` is whether this accuracy differs from that of the label scores by more than three standard errors.
     """
-    labels, true = TASKS[task].labels, true_labels(task, rows)
+    labels, true = task.labels, true_labels(task, rows)
     answers: list[str | None] = [
         next(
             (label for label, (_, is_greedy) in zip(labels, sample["filtered_resps"], strict=True) if is_greedy), None
@@ -119,26 +125,26 @@ def _routing(model: torch.nn.Module, form: ChatFormat, team: list[str], prompts:
     return dict(zip(team, map(float, shares), strict=True))
 
 
-def majority(rows: Rows) -> dict[str, dict[str, Any]]:
+def majority(tasks: Tasks, rows: Rows) -> dict[str, dict[str, Any]]:
     """What always answering the most frequent label of the test rows would score."""
     result = {}
-    for task, own in rows.items():
-        labels, true = TASKS[task].labels, true_labels(task, own)
+    for name, task in tasks.items():
+        own, labels, true = rows[name], task.labels, true_labels(task, rows[name])
         label, _ = Counter(true.tolist()).most_common(1)[0]
         errors = metrics.scores_with_errors(true, np.full_like(true, label), len(labels), metrics.text_units(own))
-        result[task] = {"label": labels[label], **errors}
+        result[name] = {"label": labels[label], **errors}
     return result
 
 
-def difference(models: dict[str, Any], rows: Rows, ours: str, theirs: str) -> dict[str, dict[str, Any]]:
+def difference(tasks: Tasks, models: dict[str, Any], rows: Rows, ours: str, theirs: str) -> dict[str, dict[str, Any]]:
     """Differences of one model's main scores to another's, with 95 % intervals; empty if one of them is missing."""
     if not {ours, theirs} <= set(models):
         return {}
     predictions = {
-        name: {
-            task: np.array([[TASKS[task].labels.index(label) for label in result["predictions"]]])
-            for task, result in models[name]["tasks"].items()
+        model: {
+            name: np.array([[tasks[name].labels.index(label) for label in result["predictions"]]])
+            for name, result in models[model]["tasks"].items()
         }
-        for name in (ours, theirs)
+        for model in (ours, theirs)
     }
-    return {f"{ours} − {theirs}": metrics.difference_on_rows(rows, predictions[ours], predictions[theirs])}
+    return {f"{ours} − {theirs}": metrics.difference_on_rows(tasks, rows, predictions[ours], predictions[theirs])}

@@ -9,7 +9,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from finteam_experts import runs
-from finteam_experts.data.tasks import TASKS
+from finteam_experts.data.tasks import Task, tasks_from
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
 from finteam_experts.fingerprints import is_model
@@ -56,6 +56,13 @@ def evaluation(run: PublishedRun) -> dict[str, Any] | None:
     return report
 
 
+def tasks_of_run(run: PublishedRun) -> list[Task]:
+    """The tasks that the team was tuned on, those of its report first."""
+    tuned = runs.read_record(run.run_dir / "moe-instruct").get("tasks", [])
+    scored = (evaluation(run) or {}).get("tasks", tuned)
+    return list(tasks_from(scored).values())
+
+
 def metadata(run: PublishedRun, repo: Repo, licence: str, datasets: list[str]) -> ModelCardData:
     """The card's metadata, in the Hub's terms."""
     adapters = [run.id_of(f"adapters/{role}") for role in run.roles]
@@ -80,9 +87,10 @@ def _eval_results(run: PublishedRun) -> list[EvalResult] | None:
     report = evaluation(run)
     if not report:
         return None
+    titles = {task.name: task.title for task in tasks_of_run(run)}
     return [
         EvalResult(
-            task_type="text-classification", dataset_type=task, dataset_name=f"{TASKS[task].title} ({result['n']} test rows)",
+            task_type="text-classification", dataset_type=task, dataset_name=f"{titles[task]} ({result['n']} test rows)",
             metric_type=metric, metric_name=ours.replace("_", " "), metric_value=round(result[ours], 4),
         )
         for task, result in report["models"]["moe-instruct"]["tasks"].items()
@@ -106,7 +114,7 @@ def render(
         adapter=read_json(folder / "adapter_config.json") if adapter else None,
         role=role_of(repo.part.split("/")[1]) if adapter else None,
         team=[role_of(name, place) for place, name in enumerate(member["name"] for member in run.team)],
-        tasks=list(TASKS.values()),
+        tasks=tasks_of_run(run),
         snippet=snippet(run, repo),
         tried=tried,
         parameters=None if adapter else parameter_counts(empty_model(read_config(folder))),

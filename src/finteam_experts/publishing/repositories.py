@@ -171,5 +171,6 @@ def data_licences(data: Path) -> dict[str, str]:
     if record["step"] == "make_sample_data":
         return {"sample data": "apache-2.0"}
     sources = record["inputs"]["sources"]
-    listed = [*sources["tasks"].values(), *(source for role in sources["roles"].values() for source in role)]
+    groups = [*sources["roles"].values(), *sources.get("chats", {}).values()]
+    listed = [*sources["tasks"].values(), *(source for group in groups for source in group)]
     return {source["dataset"]: source["licence"] for source in listed}

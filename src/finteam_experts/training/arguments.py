@@ -24,7 +24,7 @@ _NOT_INPUTS = (
     "run_name", "project", "trackio", "logging_", "log_", "save_", "hub_", "push_to_hub",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
     "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "accelerator_config", "debug",
-    "role", "corpus", "routing_", "activation_checkpointing", "gradient_checkpointing",
+    "role", "corpus", "routing_", "dataset_name", "dataset_config", "dataset_train_split", "datasets", "dataset_roles", "activation_checkpointing", "gradient_checkpointing",
 )  # fmt: skip
 
 _BASE = "What follows uses the base's own: put it into the base's folder, and name that folder with --base."
@@ -135,6 +135,13 @@ def check_length(tokens: int | None, config: PretrainedConfig) -> None:
     if tokens and tokens > (positions := config.max_position_embeddings):
         found = f"max_length is {tokens} tokens, and the model has {positions} positions (max_position_embeddings)"
         raise InputError(f"{found}. Set it to that or less.")
+
+
+def rows_of_run(training_args: SFTConfig) -> int | None:
+    """How many rows a training of `max_steps` reads, in all processes; `None` if it goes by epochs."""
+    steps, rows = training_args.max_steps, training_args.per_device_train_batch_size
+    each = rows * training_args.gradient_accumulation_steps * PartialState().num_processes
+    return steps * each if steps > 0 else None
 
 
 def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:

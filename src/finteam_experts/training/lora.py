@@ -94,6 +94,26 @@ def train_lora(
     return trainer
 
 
+def tuning_results(trainer: SFTTrainer, rows: int) -> dict:
+    """What the record keeps of a tuning on that many rows."""
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    log = trainer.state.log_history
+    routing = [
+        {"step": entry["step"]} | {k.removeprefix("routing/"): v for k, v in entry.items() if k.startswith("routing/")}
+        for entry in log
+        if "routing/load_entropy" in entry
+    ]
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": total - trainable,
+        "rows_seen": round(trainer.state.epoch * rows),
+        "train_tokens": trainer.state.num_input_tokens_seen,
+        "steps": trainer.state.global_step,
+        "log": [entry for entry in log if "loss" in entry],
+        "routing": routing,
+    }
+
+
 def merge_trained(trainer: SFTTrainer, model_folder: Path, work: Path) -> tuple[float, list[str]]:
     """Merge the adapter saved in `work` into its model, beside it. Ends the trainer's use.
 

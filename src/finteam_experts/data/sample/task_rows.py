@@ -17,7 +17,7 @@ Row = dict[str, str]  # {"text", "label"}
 
 def task_rows(task: str, count: int, rng: random.Random) -> list[Row]:
     """Draw `count` rows of `task`, no text twice."""
-    maker = _MAKERS[task]
+    maker = MAKERS[task]
     rows: dict[str, Row] = {}
     while len(rows) < count:
         row = maker(rng)
@@ -139,6 +139,6 @@ def _stock_movement(rng: random.Random) -> Row:
     return {"text": text, "label": "Rise" if next_return > 0 else "Fall"}
 
 
-_MAKERS: dict[str, Callable[[random.Random], Row]] = {
+MAKERS: dict[str, Callable[[random.Random], Row]] = {
     "fpb": _fpb, "fiqasa": _fiqasa, "headlines": _headlines, "stock_movement": _stock_movement,
 }  # fmt: skip

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers to held-out conversations: how likely the given answer is, and what the model writes instead."""
+
+import re
+from collections.abc import Collection
+from itertools import permutations
+
+import numpy as np
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+
+from finteam_experts.chats import ChatFormat
+from finteam_experts.data.conversations import Conversation
+from finteam_experts.errors import InputError
+from finteam_experts.evaluation.batches import padded_batches
+from finteam_experts.evaluation.labels import greedy_answers
+
+MAX_NEW_TOKENS = 96
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+MOST_FIGURES = 40  # of a question: more are not combined, since any figure would follow from some two of them
+SCORES = {  # of one answer, and of a model their mean over answers
+    "nats": "nats per token of the given answer",
+    "rouge_l": "ROUGE-L",
+    "bare": "bare label or empty",
+    "unsupported": "with an unsupported figure",
+    "words": "words",
+}
+# Lin 2004, https://aclanthology.org/W04-1013: the longest common subsequence of words
+_ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def score_answers(
+    model: torch.nn.Module, form: ChatFormat, conversations: list[Conversation], labels: Collection[str]
+) -> dict[str, float | int | list[str]]:
+    """The mean of each of `SCORES` over the conversations with its standard error, and what the model wrote.
+
+    `labels` are those of tasks: an answer that is one of them, or empty, is no answer to a question.
+    """
+    written = greedy_answers(model, form, [turns for turns, _ in conversations], max_new_tokens=MAX_NEW_TOKENS)
+    names = {label.lower() for label in labels}
+    values = {name: [] for name in SCORES}
+    for (turns, given), answer in zip(conversations, written, strict=True):
+        question = "\n".join(turn["content"] for turn in turns)
+        values["rouge_l"].append(_ROUGE.score(given, answer)["rougeL"].fmeasure)
+        values["bare"].append(answer.strip().rstrip(".").lower() in names | {""})
+        values["unsupported"].append(bool(unsupported_figures(question, answer)))
+        values["words"].append(len(answer.split()))
+    values["nats"] = answer_losses(model, form, conversations)
+    result: dict[str, float | int | list[str]] = {"n": len(conversations), "written": written}
+    for name, own in values.items():
+        column = np.array(own, dtype=float)
+        error = column.std(ddof=1) / len(column) ** 0.5 if len(column) > 1 else 0.0
+        result |= {name: float(column.mean()), f"{name}_stderr": float(error)}
+    return result
+
+
+@torch.no_grad()
+def answer_losses(model: torch.nn.Module, form: ChatFormat, conversations: list[Conversation]) -> list[float]:
+    """Nats per token of each given answer, its end included."""
+    exchanges = form.exchanges(conversations)
+    longest, positions = max(len(exchange.ids) for exchange in exchanges), model.config.max_position_embeddings
+    if longest > positions:
+        raise InputError(
+            f"a held-out conversation is {longest} tokens, and the model has {positions} positions. Shorten it."
+        )
+    losses = [0.0] * len(exchanges)
+    for rows, batch in padded_batches([e.ids for e in exchanges], form.tokenizer, title="held-out answers"):
+        logits = model(**batch.to(model.device)).logits.float().log_softmax(-1)
+        for row, own in zip(rows, logits, strict=True):
+            exchange = exchanges[row]
+            ids = torch.tensor(exchange.ids[len(exchange.prompt) :], device=own.device)
+            start = len(exchange.prompt) - 1
+            losses[row] = -own[start : start + len(ids)].gather(1, ids[:, None]).mean().item()
+    return losses
+
+
+def unsupported_figures(question: str, answer: str) -> list[str]:
+    """The figures of an answer that are not in the question and do not follow from two of its figures.
+
+    Followed are sum, difference, product, ratio, percentage, percentage change and mean, to the digits that are written.
+    """
+    known = {_value(text) for text in NUMBER.findall(question)}
+    candidates = set(known)
+    for a, b in permutations(known, 2) if len(known) <= MOST_FIGURES else ():
+        candidates |= {a + b, a - b, a * b, (a + b) / 2}
+        candidates |= {a / b, 100 * a / b, 100 * (a - b) / b} if b else set()
+    found = []
+    for text in dict.fromkeys(NUMBER.findall(answer)):
+        digits = len(text.partition(".")[2])
+        if not any(abs(abs(value) - _value(text)) <= 0.5000001 * 10**-digits for value in candidates):
+            found.append(text)
+    return found
+
+
+def _value(text: str) -> float:
+    return float(text.replace(",", ""))

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a tuning as tokens with labels: tasks, conversations, and datasets in TRL's formats."""
+
+import random
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from finteam_experts.chats import ChatFormat, Turns
+from finteam_experts.data.conversations import GENERAL, Conversation, chat_roles, read_chats
+from finteam_experts.data.mixture import tuning_rows
+from finteam_experts.data.tasks import Tasks, render_all
+from finteam_experts.data.trl_datasets import Parts
+from finteam_experts.errors import InputError, is_main_process
+from finteam_experts.training.task_routing import EXPERT
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row to tune on: its tokens, and the labels that the loss is on (-100: none)."""
+
+    ids: list[int]
+    labels: list[int]
+    role: str | None  # the analyst whose field it is, if it is one analyst's
+    is_task: bool
+
+
+def task_examples(
+    data_dir: Path, tasks: Tasks, form: ChatFormat, seed: int, limits: dict[str, int | None], *, hold_out: bool
+) -> list[Example]:
+    """The train rows of the tasks, shuffled. The loss is on the label."""
+    rows = tuning_rows(data_dir, tasks, seed, limits, hold_out=hold_out) if tasks else []
+    prompts = {}
+    for name in dict.fromkeys(task for task, _ in rows):
+        prompts[name] = iter(render_all(tasks[name], [row for task, row in rows if task == name], form.tokenizer))
+    asked: list[tuple[Turns | str, str]] = [(next(prompts[task]), row["label"]) for task, row in rows]
+    pairs = zip(rows, form.exchanges(asked), strict=True)
+    return [Example(exchange.ids, exchange.labels, tasks[task].role, True) for (task, _), exchange in pairs]
+
+
+def chat_examples(data_dir: Path, form: ChatFormat, seed: int) -> list[Example]:
+    """The conversations of every role, shuffled. The loss is on the last answer."""
+    found = []
+    for role in chat_roles(data_dir):
+        found += conversation_examples(form, read_chats(data_dir, role), None if role == GENERAL else role)
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def conversation_examples(form: ChatFormat, conversations: list[Conversation], role: str | None) -> list[Example]:
+    return [Example(exchange.ids, exchange.labels, role, False) for exchange in form.exchanges(conversations)]
+
+
+def text_examples(form: ChatFormat, texts: list[str], role: str | None) -> list[Example]:
+    """Plain texts, each ended by the tokenizer's end token. The loss is on all of it."""
+    encoded = form.tokenizer(texts)["input_ids"] if texts else []
+    rows = [[*ids, form.tokenizer.eos_token_id] for ids in encoded]
+    return [Example(ids, ids, role, False) for ids in rows]
+
+
+def dataset_examples(form: ChatFormat, parts: Parts, seed: int) -> list[Example]:
+    """The rows of datasets, shuffled: the loss is on the last answer of a conversation, and on all of a plain text."""
+    found = []
+    for rows, role in parts:
+        found += conversation_examples(form, [row for row in rows if not isinstance(row, str)], role)
+        found += text_examples(form, [row for row in rows if isinstance(row, str)], role)
+    return _shuffled(found, seed)
+
+
+def mixed(tasks: list[Example], chats: list[Example], chat_share: float | None, seed: int) -> list[Example]:
+    """Both together, shuffled, or so many of the larger part that `chat_share` of all tokens are of conversations.
+
+    Raises `InputError` for a share without conversations or without task rows.
+    """
+    if chat_share is None:
+        return _shuffled(tasks + chats, seed) if chats else tasks
+    if not 0 <= chat_share <= 1:
+        raise InputError(f"chat_share is {chat_share:g}: a share is from 0 to 1.")
+    if not chats and chat_share > 0:
+        raise InputError(
+            f"chat_share is {chat_share:g}, and the data directory has no chats/ROLE.jsonl. Add some, or leave it out."
+        )
+    if not tasks and chat_share < 1:
+        raise InputError(
+            f"chat_share is {chat_share:g}, and there are no task rows beside the conversations. Leave it out."
+        )
+    have = {"tasks": sum(len(row.ids) for row in tasks), "chats": sum(len(row.ids) for row in chats)}
+    parts = {"tasks": (tasks, 1 - chat_share), "chats": (chats, chat_share)}
+    total = min(have[name] / share for name, (_, share) in parts.items() if share)
+    kept = []
+    for rows, share in parts.values():
+        room = round(total * share)
+        for row in rows:
+            if room <= 0:
+                break
+            kept.append(row)
+            room -= len(row.ids)
+    return _shuffled(kept, seed)
+
+
+def _shuffled(rows: list[Example], seed: int) -> list[Example]:
+    return random.Random(seed).sample(rows, len(rows))
+
+
+def as_dataset(rows: list[Example], longest: int, team: Collection[str] | None) -> Dataset:
+    """The rows as TRL takes them ready-made.
+
+    Rows longer than `longest` would lose their answer: they are left out, and counted on the screen. With `team` each row has
+    its analyst's place in it as `expert`; `InputError` for a row of no analyst.
+    """
+    columns: list[dict[str, Any]] = []
+    for row in rows:
+        if len(row.ids) <= longest:
+            columns.append({"input_ids": row.ids, "labels": row.labels})
+            if team is not None:
+                columns[-1][EXPERT] = list(team).index(_expert_of(row.role, team))
+    if not columns:
+        raise InputError(f"none of the {len(rows)} rows has {longest} tokens or fewer: raise max_length.")
+    if len(columns) < len(rows) and is_main_process():
+        print(f"{len(rows) - len(columns)} of {len(rows)} rows are left out: they have more than {longest} tokens")
+    return Dataset.from_list(columns)
+
+
+def _expert_of(role: str | None, team: Collection[str]) -> str:
+    if role in team:
+        return str(role)
+    if role is None and "base" in team:  # the generalist
+        return "base"
+    whose = f"of the role {role}" if role else "of no analyst"
+    raise InputError(
+        f"route_by_task: there are rows {whose}, and the team has {', '.join(team)}. Leave them out of the data."
+    )

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of a data directory: what a run would train and measure, and every problem that would end one."""
+
+import pytest
+
+from conftest import call
+from finteam_experts.data.conversations import chat_file
+from finteam_experts.data.files import write_rows
+from finteam_experts.errors import InputError
+
+
+def check(run_dir, *arguments):
+    call("scripts/check_data.py", run_dir / "data", "--base", run_dir / "base", *arguments)
+
+
+def test_what_a_run_would_train(new_run, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q {n}?"}, {"role": "assistant", "content": f"A {n}."}]}
+        for n in range(5)
+    ]
+    write_rows(chat_file(new_run / "data", "macro"), rows[:4])
+    write_rows(chat_file(new_run / "data", "macro", heldout=True), rows[4:])
+    check(new_run)
+    printed = capsys.readouterr().out
+    for part in ("Corpora", "Tasks", "Conversations", "fiqasa", "headlines", "no text is both trained on and scored"):
+        assert part in printed
+
+
+def test_problems_end_it(new_run):
+    path = new_run / "data/tasks/fpb_train.jsonl"
+    path.write_text(path.read_text() + (new_run / "data/tasks/fpb_test.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(InputError, match="fpb_test.jsonl, line 1: the same text is in"):
+        check(new_run)
+    with pytest.raises(InputError, match="no such folder"):
+        call("scripts/check_data.py", new_run / "nowhere")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks as data: a directory's own task files decide what is trained, measured and shown; lm-eval runs them as they are."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+
+from conftest import REPOSITORY, TASKS, call, fit_router, instruct_tune, shell
+from finteam_experts.data.files import read_task, task_file, tasks_of, write_rows
+from finteam_experts.data.tasks import FOLDER, read_task_file
+from finteam_experts.errors import InputError
+from finteam_experts.runs import read_record
+
+RATING = {
+    "task": "rating",
+    "doc_to_text": "{{text}}\n\n{{question|default('Is the grade kept?', true)}} Answer kept or cut.",
+    "doc_to_choice": ["kept", "cut"],
+    "metadata": {"question": "Is the grade kept?"},
+}
+
+
+def write_task(data, definition, *, rows: int = 16) -> None:
+    name, labels = definition["task"], definition["doc_to_choice"]
+    (data / "tasks").mkdir(parents=True, exist_ok=True)
+    (data / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(definition))
+    for split, first in (("train", 0), ("test", rows)):
+        own = [{"text": f"Opinion {name} {n} on a loan.", "label": labels[n % 2]} for n in range(first, first + rows)]
+        write_rows(task_file(data, name, split), own)
+
+
+def test_a_task_file_needs_little(tmp_path):
+    write_task(tmp_path, RATING)
+    task = tasks_of(tmp_path)["rating"]
+    assert (task.title, task.role, task.main_score) == ("rating", None, "macro_f1")
+    assert len(read_task(tmp_path, task, "test")) == 16
+
+
+def test_the_packages_tasks_are_defaults_for_directories_without_files(toy_data):
+    assert tasks_of(toy_data) == TASKS
+    for path in FOLDER.glob("*.yaml"):
+        assert read_task_file(path) == TASKS[path.stem]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"doc_to_choice": [False, True]},
+            r"a label of doc_to_choice is False; .*Put it in quotes, as \[\"No\", \"Yes\"\]",
+        ),
+        ({"doc_to_choice": []}, "doc_to_choice is .*it lists two or more labels"),
+        ({"task": "other"}, "task is 'other'; it must be the file's name, 'rating'"),
+        ({"doc_to_text": "{{text}} Is it kept?"}, "doc_to_text asks 'TEXT Is it kept[?]'; it has to ask 'TEXT"),
+        ({"doc_to_text": "{{text"}, "doc_to_text asks .no template"),
+        ({"metadata": {"question": " "}}, "metadata.question is ' '; it must be text"),
+        ({"metadata": {"question": "Is the grade kept?", "role": 3}}, "metadata.role is 3; it must be text"),
+    ],
+)
+def test_a_wrong_task_file_is_named(tmp_path, change, message):
+    path = tmp_path / "rating.yaml"
+    path.write_text(yaml.safe_dump(RATING | change))
+    with pytest.raises(InputError, match=f"rating.yaml: {message}"):
+        read_task_file(path)
+
+
+def test_two_files_of_one_task_and_a_role_that_the_team_does_not_have(copied_run):
+    data = copied_run / "data"
+    write_task(data, RATING | {"metadata": {"question": "Is the grade kept?", "role": "credit"}})
+    for step in (lambda: instruct_tune(copied_run, "moe", "--seed", 3), lambda: fit_router(copied_run)):
+        with pytest.raises(
+            InputError, match="rating.yaml: metadata.role is 'credit', and the team has macro, micro, quant"
+        ):
+            step()
+    other = shutil.copytree(data, copied_run / "other")
+    (other / "tasks/rating.yml").write_text(yaml.safe_dump(RATING))
+    with pytest.raises(InputError, match="rating.yml: task files end with .yaml"):
+        tasks_of(other)
+
+
+def test_one_task_of_no_analyst_goes_all_the_way(copied_run, tmp_path, capsys):
+    """A directory with a task of its own alone: tuned, evaluated and shown are that one and no other."""
+    data = tmp_path / "mine"
+    shutil.copytree(copied_run / "data/corpora", data / "corpora")
+    write_task(data, RATING)
+    for folder in ("moe-instruct", "dense-instruct", "reports"):
+        shutil.rmtree(copied_run / folder)
+    where = ("--data_dir", data)
+    fit_router(copied_run, *where, "--overwrite")
+    instruct_tune(copied_run, "moe", *where)
+    instruct_tune(copied_run, "dense", *where)
+    call("scripts/evaluate.py", "--run_dir", copied_run, *where)
+    report = json.loads((copied_run / "reports/evaluation.json").read_text())
+    assert [task["name"] for task in report["tasks"]] == list(report["majority"]) == ["rating"]
+    assert all(set(part["tasks"]) == {"rating"} for part in report["models"].values())
+    assert [task["name"] for task in read_record(copied_run / "moe-instruct")["tasks"]] == ["rating"]
+    assert "fpb" not in capsys.readouterr().out.partition("Evaluation:")[2]
+    ended = shell(sys.executable, "scripts/publish.py", "--run_dir", copied_run, "--data_dir", data, "--namespace", "me",
+                  "--base_model", "owner/toy", "--dry_run", "--parts", "moe-instruct")  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+def test_tasks_that_lm_eval_knows_are_added_to_the_report(copied_run, tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", [{"q": f"Up {n}?", "a": "Yes"} for n in range(6)])
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump({
+        "task": "local_finance", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "q", "doc_to_choice": ["No", "Yes"],
+        "doc_to_target": "a", "metric_list": [{"metric": "acc"}],
+    }))  # fmt: skip
+    common = ("--run_dir", copied_run, "--models", "base", "--limit", 4, "--lm_eval_path", tmp_path, "--name", "more")
+    with pytest.raises(
+        InputError, match="--lm_eval_tasks local_finanse: lm-eval has no such task. Did you mean 'local_finance'"
+    ):
+        call("scripts/evaluate.py", *common, "--lm_eval_tasks", "local_finanse")
+    call("scripts/evaluate.py", *common, "--lm_eval_tasks", "local_finance", "--tasks", "fpb")
+    scores = json.loads((copied_run / "reports/more.json").read_text())["models"]["base"]["lm_eval"]["local_finance"]
+    assert 0 <= scores["acc,none"] <= 1
+    assert "base, local_finance: acc,none" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_runs_a_task_file_on_a_tuned_model(done_run, tmp_path):
+    """The documented command, in the data directory: the accuracy is that of the report."""
+    data = shutil.copytree(done_run / "data", tmp_path / "data")
+    shutil.copyfile(FOLDER / "headlines.yaml", data / "tasks/headlines.yaml")
+    ended = shell(
+        "bash", "-c", f"cd {data} && lm_eval --model hf --model_args pretrained={done_run / 'moe-instruct'} --tasks headlines "
+        "--include_path tasks --apply_chat_template --system_instruction 'You are a financial analyst.' --device cpu "
+        f"--output_path {tmp_path / 'out'}",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (result,) = (tmp_path / "out").rglob("*.json")
+    report = json.loads((done_run / "reports/evaluation.json").read_text())
+    found = json.loads(result.read_text())["results"]["headlines"]["acc,none"]
+    assert found == pytest.approx(report["models"]["moe-instruct"]["tasks"]["headlines"]["accuracy"])
+    assert (REPOSITORY / "docs/data.md").is_file()

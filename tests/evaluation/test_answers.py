@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers to held-out conversations: likelihood, figures that follow from the question, and bare labels."""
+
+import pytest
+import torch
+
+from conftest import form_of
+from finteam_experts.evaluation.answers import answer_losses, score_answers, unsupported_figures
+from finteam_experts.models import load_model
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "unsupported"),
+    [
+        ("Sales rose to 235 from 191.", "Sales rose by 44, or 23.0 %, to 235.", []),
+        ("2,515 and 1,310", "The average is 1,912.5, the sum 3,825.", []),
+        ("10 of 40", "That is 25 % or 0.25.", []),
+        ("Rates are 5.25 %.", "Rates are at 5.25 % and will reach 6.1 %.", ["6.1"]),
+        ("No figure.", "It was 7.", ["7"]),
+        ("A is 3 and B is 0.", "A over B is not defined, A is 3.", []),
+        ("Sales of 1,234,567", "About 1,234,567", []),
+    ],
+)
+def test_figures_that_do_not_follow(question, answer, unsupported):
+    assert unsupported_figures(question, answer) == unsupported
+
+
+def test_nats_per_token_of_an_answer(done_run):
+    model, form = load_model(done_run / "dense-instruct"), form_of(done_run / "dense-instruct")
+    conversations = [([{"role": "user", "content": f"What {n}?"}], "Net sales rose " * (n + 1)) for n in range(3)]
+    found = answer_losses(model, form, conversations)
+    for (exchange,), loss in zip((form.exchanges([one]) for one in conversations), found, strict=True):
+        ids, labels = torch.tensor([exchange.ids]), torch.tensor([exchange.labels])
+        with torch.no_grad():
+            assert loss == pytest.approx(model(ids, labels=labels).loss.item(), rel=1e-4)
+
+
+def test_scores_are_means_with_standard_errors(done_run, monkeypatch):
+    model, form = load_model(done_run / "base"), form_of(done_run / "base")
+    written = ["Sales rose by 44.", "Positive.", "", "Sales rose to 99."]
+    monkeypatch.setattr("finteam_experts.evaluation.answers.greedy_answers", lambda *_, **__: written)
+    conversations = [([{"role": "user", "content": "Sales rose to 235 from 191."}], "Sales rose by 44.")] * 4
+    scores = score_answers(model, form, conversations, ["positive", "negative"])
+    assert (scores["n"], scores["bare"], scores["unsupported"]) == (4, 0.5, 0.25)
+    assert scores["words"] == (4 + 1 + 0 + 4) / 4
+    assert scores["rouge_l"] == pytest.approx((1 + 0 + 0 + 0.5) / 4)  # of four words, "Sales rose" is common
+    assert scores["bare_stderr"] == pytest.approx(((4 * 0.25) / 3) ** 0.5 / 2)
+    assert scores["nats_stderr"] == pytest.approx(0, abs=1e-6)
