@@ -167,11 +167,8 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
             record_box = gr.Code(
                 language="json", label="Question, model, settings and routing, to copy", interactive=False
             )
-        gr.Examples(
-            [[question] for role in team.members for question in QUESTIONS.get(role["name"], ())],
-            [question_box],
-            label="Examples, two for each analyst",
-        )
+        if questions := [[question] for role in team.members for question in QUESTIONS.get(role["name"], ())]:
+            gr.Examples(questions, [question_box], label="Examples")
     with gr.Tab("Tasks", visible=bool(team.tasks)):
         gr.Markdown("The tasks that the team was tuned on. It reads the passage and weighs the task's labels.")
         task_box = gr.Dropdown(
@@ -185,11 +182,8 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
             label="Probability of each label, among the task's labels", show_label=True, container=True
         )
         known_box = gr.Textbox(label="Known label", interactive=False, visible=False)
-        gr.Examples(
-            [[name, *row] for name in team.tasks for row in PASSAGES.get(name, ())],
-            [task_box, passage_box, known_box],
-            label="Passages with their known label",
-        )
+        if passages := [[name, *row] for name in team.tasks for row in PASSAGES.get(name, ())]:
+            gr.Examples(passages, [task_box, passage_box, known_box], label="Passages with their known label")
 
     # the team's answer and a single analyst's are side by side: each question fills its own box
     def ask_on_page(question: str, analyst: str) -> Iterator[tuple]:

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The analysts: title, description and colour of each role. Their router prompts are in moe_merge.yaml."""
+"""The analysts: title, description and colour of each role, from roles.yaml. Their router prompts are in moe_merge.yaml."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from finteam_experts.files import read_yaml
+
+_SPARE_COLORS = ("#8b5cc4", "#b23a6f", "#0f8b8d", "#8a7a1f")
 
 
 @dataclass(frozen=True)
@@ -10,31 +16,22 @@ class Role:
     title: str
     description: str
     color: str  # hex, one that reads on white and on black
+    question: str | None = None  # what the card of its adapter asks
 
 
-_KNOWN = {
-    role.name: role
-    for role in (
-        Role("macro", "Macro analyst", "Growth, inflation, interest rates, central banks and commodities.", "#2a78d6"),
-        Role("micro", "Micro analyst", "Company reports, earnings, margins, guidance and news.", "#c2571a"),
-        Role(
-            "quant",
-            "Quantitative analyst",
-            "Prices, returns, volatility, factors and other series of figures.",
-            "#3d8b40",
-        ),
-        Role("base", "Generalist", "Everything else: the base as it was.", "#7a7f87"),
-    )
-}
-_SPARE_COLORS = ("#8b5cc4", "#b23a6f", "#0f8b8d", "#8a7a1f")
+@cache
+def _known() -> dict[str, Role]:
+    path = Path(__file__).with_name("roles.yaml")
+    return {name: Role(name, **about) for name, about in read_yaml(path).items()}
 
 
 def role_of(name: str, position: int = 0) -> Role:
     """The role called `name`; for one that only moe_merge.yaml knows, a plain title and the spare colour at `position`."""
     color = _SPARE_COLORS[position % len(_SPARE_COLORS)]
-    return _KNOWN.get(name) or Role(name, f"{name.replace('_', ' ').capitalize()} analyst", "", color)
+    return _known().get(name) or Role(name, f"{name.replace('_', ' ').capitalize()} analyst", "", color)
 
 
 def team_card(names: list[str]) -> list[dict[str, str]]:
     """The team as JSON-ready rows, in the order of the model's experts."""
-    return [asdict(role_of(name, position)) for position, name in enumerate(names)]
+    team = [role_of(name, position) for position, name in enumerate(names)]
+    return [{key: getattr(role, key) for key in ("name", "title", "description", "color")} for role in team]

@@ -80,11 +80,15 @@ def test_two_files_of_one_task_and_a_role_that_the_team_does_not_have(copied_run
         tasks_of(other)
 
 
-def test_one_task_of_no_analyst_goes_all_the_way(copied_run, tmp_path, capsys):
-    """A directory with a task of its own alone: tuned, evaluated and shown are that one and no other."""
+@pytest.mark.parametrize("names", [["rating"], ["fpb", "headlines", "rating"]], ids=["alone", "one of three"])
+def test_a_task_of_no_analyst_goes_all_the_way(copied_run, tmp_path, capsys, names):
+    """What is tuned, evaluated and published are the tasks of the directory and no others."""
     data = tmp_path / "mine"
     shutil.copytree(copied_run / "data/corpora", data / "corpora")
     write_task(data, RATING)
+    for name in names[:-1]:
+        for split in ("train", "test"):
+            shutil.copyfile(task_file(copied_run / "data", name, split), task_file(data, name, split))
     for folder in ("moe-instruct", "dense-instruct", "reports"):
         shutil.rmtree(copied_run / folder)
     where = ("--data_dir", data)
@@ -93,10 +97,11 @@ def test_one_task_of_no_analyst_goes_all_the_way(copied_run, tmp_path, capsys):
     instruct_tune(copied_run, "dense", *where)
     call("scripts/evaluate.py", "--run_dir", copied_run, *where)
     report = json.loads((copied_run / "reports/evaluation.json").read_text())
-    assert [task["name"] for task in report["tasks"]] == list(report["majority"]) == ["rating"]
-    assert all(set(part["tasks"]) == {"rating"} for part in report["models"].values())
-    assert [task["name"] for task in read_record(copied_run / "moe-instruct")["tasks"]] == ["rating"]
-    assert "fpb" not in capsys.readouterr().out.partition("Evaluation:")[2]
+    assert [task["name"] for task in report["tasks"]] == list(report["majority"]) == names
+    assert all(list(part["tasks"]) == names for part in report["models"].values())
+    assert set(next(iter(report["differences"].values()))) == {*names, "average"}
+    assert [task["name"] for task in read_record(copied_run / "moe-instruct")["tasks"]] == names
+    assert "fiqasa" not in capsys.readouterr().out.partition("Evaluation:")[2]
     ended = shell(sys.executable, "scripts/publish.py", "--run_dir", copied_run, "--data_dir", data, "--namespace", "me",
                   "--base_model", "owner/toy", "--dry_run", "--parts", "moe-instruct")  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]

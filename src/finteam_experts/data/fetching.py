@@ -127,10 +127,7 @@ def fetch_corpus(work: Path, role: str, sources: list[hub.Source], draw: Draw, r
         if not counts["passages"]:
             found = f"{source.dataset} gave {role} no passage from {counts['rows']} rows"
             raise InputError(f"{found}. Look at its columns with --check: the text may be in another one.")
-    train, heldout = parts
-    if not heldout:  # few documents: the hash of none selected it
-        heldout = train[:: 100 // HELDOUT_PERCENT]
-        train = [row for row in train if row not in heldout]
+    train, heldout = _with_heldout(*parts)
     if not train:
         raise InputError(f"{role} has {len(heldout)} passages in all. Add a source, or raise --max_rows.")
     write_rows(heldout_path, heldout)
@@ -162,8 +159,17 @@ def fetch_chats(work: Path, role: str, sources: list[hub.ChatSource], draw: Draw
                 heldout = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
                 parts[heldout].append({"messages": messages, "source": source.dataset})
         print(f"{role}, {source.dataset}: {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}")
-    if not all(parts):
-        found = f"chats of {role}: {len(parts[0])} conversations to train on and {len(parts[1])} held out"
+    train, heldout = _with_heldout(*parts)
+    if not train:
+        found = f"chats of {role}: {len(heldout)} conversations in all"
         raise InputError(f"{found}. Look at the columns with --check, or raise --max_rows.")
-    write_rows(heldout_path, parts[1])
-    write_rows(path, parts[0])
+    write_rows(heldout_path, heldout)
+    write_rows(path, train)
+
+
+def _with_heldout(train: list[Row], heldout: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Both parts; of few rows, of which the hash selected none to hold out, every so many."""
+    if heldout:
+        return train, heldout
+    held_out = train[:: 100 // HELDOUT_PERCENT]
+    return [row for row in train if row not in held_out], held_out

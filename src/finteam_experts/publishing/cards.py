@@ -19,10 +19,6 @@ from finteam_experts.roles import role_of
 
 SCORES = {"accuracy": "accuracy", "f1": "macro_f1", "matthews_correlation": "mcc"}  # the Hub's names and ours
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of what scripts/make_base.py unpacks
-QUESTIONS = {
-    "macro": "Why do bond yields rise when a central bank fights inflation?",
-    "quant": "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64. How volatile is this share?",
-}
 QUESTION = (
     "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\n"
     "What does this mean for the company? Answer negative, neutral or positive."
@@ -36,11 +32,11 @@ _ENVIRONMENT = jinja2.Environment(
 
 def snippet(run: PublishedRun, repo: Repo) -> str:
     """The code of the card, which a reader copies and runs: it asks as the model was tuned."""
-    question = QUESTION if repo.card != "adapter" else QUESTIONS.get(repo.part.split("/")[1], QUESTION)
+    own = role_of(repo.part.split("/")[1]).question if repo.card == "adapter" else None
     folder = run.folder_of(run.dense)
     form = as_chats(load_tokenizer(folder), folder)
     return _ENVIRONMENT.get_template("snippet.py.jinja").render(
-        adapter=repo.card == "adapter", name=repo.id, dense=run.id_of(run.dense), messages=form.messages(question),
+        adapter=repo.card == "adapter", name=repo.id, dense=run.id_of(run.dense), messages=form.messages(own or QUESTION),
         thinks="enable_thinking" in str(form.tokenizer.chat_template),
     )  # fmt: skip
 
