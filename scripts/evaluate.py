@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="of the data directory (default: all)")
     parser.add_argument("--split", choices=("test", "valid"), default="test")
     parser.add_argument("--limit", type=int, help="rows per task (default: all)")
-    parser.add_argument("--chats", type=int, default=24, help="held-out conversations to answer per role; 0: none")
+    parser.add_argument("--chats", type=int, default=16, help="held-out conversations to answer per role; 0: none")
     parser.add_argument("--lm_eval_tasks", nargs="+", default=[], help="other tasks that lm-eval knows")
     parser.add_argument("--lm_eval_path", type=Path, help="folder with task files of those")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for a CPU or GPU with units for it")

@@ -43,6 +43,7 @@ def main() -> None:
         "experts": {name: fingerprint(folder) for name, folder in folders.items()},
         "router": None if args.average else fingerprint(moe),
     }
+    inputs |= runs.recorded_inputs(target, "asked")  # earlier versions recorded it; joining asks no task
     work = runs.begin(target, "join_experts", inputs)
     if work is None:
         return

@@ -77,6 +77,7 @@ def main() -> None:
         "adapters": adapters,
         "merge": config.model_dump(mode="json", exclude_none=True, exclude={"base_model"}),
     }
+    inputs |= runs.recorded_inputs(target, "tasks")  # earlier versions recorded them; a merge asks no task
     work = runs.begin(target, "merge_moe", inputs, overwrite=args.overwrite)
     if work is None:
         return

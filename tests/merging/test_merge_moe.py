@@ -201,3 +201,13 @@ def test_saved_model_reloads_alike_in_a_new_process(done_run, tmp_path):
         with torch.no_grad():
             here = load_model(Path(done_run / name))(ids).logits
         assert torch.equal(here, torch.load(tmp_path / "logits.pt"))
+
+
+def test_a_merge_of_an_earlier_version_is_complete(copied_run, capsys):
+    """Its record has the tasks of then among the inputs."""
+    path = copied_run / "moe/finteam.json"
+    record = json.loads(path.read_text())
+    record["inputs"]["tasks"] = {"fpb": {"question": "What was asked then?"}}
+    path.write_text(json.dumps(record))
+    call("scripts/merge_moe.py", "--run_dir", copied_run)
+    assert f"{copied_run / 'moe'} is complete: skipped" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from finteam_experts.errors import InputError
 from finteam_experts.evaluation.batches import padded_batches
 from finteam_experts.evaluation.labels import greedy_answers
 
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 64  # of an answer: some sentences
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 MOST_FIGURES = 40  # of a question: more are not combined, since any figure would follow from some two of them
 SCORES = {  # of one answer, and of a model their mean over answers
