@@ -54,18 +54,20 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def task_table(report: dict[str, Any]) -> Table:
-    """Accuracy, macro-F1 and MCC of each task, accuracy with its standard error."""
-    counts = {task: part["n"] for task, part in next(iter(report["models"].values()))["tasks"].items()}
-    table = Table("model", title="Evaluation: accuracy ± standard error / macro-F1 / MCC, rows in brackets")
-    for task, n in counts.items():
-        table.add_column(f"{task} ({n})", justify="right")
-    rows = {"(majority class)": report["majority"]} | {name: part["tasks"] for name, part in report["models"].items()}
-    for name, tasks in rows.items():
+    """A row per task: accuracy, macro-F1 and MCC of each model, accuracy with its standard error."""
+    models = {"(majority class)": report["majority"]} | {
+        name: part["tasks"] for name, part in report["models"].items()
+    }
+    table = Table("task (rows)", title="Evaluation: accuracy ± standard error / macro-F1 / MCC")
+    for name in models:
+        table.add_column(name, justify="right")
+    scored = next(iter(report["models"].values()))["tasks"]
+    for task, part in scored.items():
+        own = [tasks[task] for tasks in models.values()]
         cells = [
-            f"{t['accuracy']:.3f} ± {t['accuracy_stderr']:.3f} / {t['macro_f1']:.3f} / {t['mcc']:.3f}"
-            for t in tasks.values()
+            f"{t['accuracy']:.3f} ± {t['accuracy_stderr']:.3f} / {t['macro_f1']:.3f} / {t['mcc']:.3f}" for t in own
         ]
-        table.add_row(name, *cells)
+        table.add_row(f"{task} ({part['n']})", *cells)
     return table
 
 

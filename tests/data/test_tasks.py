@@ -80,7 +80,11 @@ def test_two_files_of_one_task_and_a_role_that_the_team_does_not_have(copied_run
         tasks_of(other)
 
 
-@pytest.mark.parametrize("names", [["rating"], ["fpb", "headlines", "rating"]], ids=["alone", "one of three"])
+@pytest.mark.parametrize(
+    "names",
+    [["rating"], pytest.param(["fpb", "headlines", "rating"], marks=pytest.mark.slow)],
+    ids=["alone", "one of three"],
+)
 def test_a_task_of_no_analyst_goes_all_the_way(copied_run, tmp_path, capsys, names):
     """What is tuned, evaluated and published are the tasks of the directory and no others."""
     data = tmp_path / "mine"
@@ -107,6 +111,7 @@ def test_a_task_of_no_analyst_goes_all_the_way(copied_run, tmp_path, capsys, nam
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_tasks_that_lm_eval_knows_are_added_to_the_report(copied_run, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", [{"q": f"Up {n}?", "a": "Yes"} for n in range(6)])
     (tmp_path / "local.yaml").write_text(yaml.safe_dump({

@@ -117,6 +117,7 @@ def report(folder: Path, *arguments) -> None:
     call("experiments/report.py", "--config", folder / "comparison.yaml", *arguments)
 
 
+@pytest.mark.slow
 def test_every_model_leaves_its_figures(compared, toy_data):
     comparison = read_comparison(compared / "comparison.yaml")
     for model in comparison.models:
@@ -149,6 +150,7 @@ def test_every_model_leaves_its_figures(compared, toy_data):
     assert team["tokens_before_tuning"] == matrix["half/moe"]["tokens"]
 
 
+@pytest.mark.slow
 def test_an_ablation_is_scored_on_validation_rows(compared):
     ablation = json.loads((compared / "results/ablations/all-three-seed0.json").read_text())
     assert "test" not in ablation
@@ -159,6 +161,7 @@ def test_an_ablation_is_scored_on_validation_rows(compared):
     )
 
 
+@pytest.mark.slow
 def test_what_has_a_result_is_not_made_again(compared, toy_base, toy_data, tmp_path, capsys, monkeypatch):
     copy = shutil.copytree(compared, tmp_path / "copy")
     content = yaml.safe_load((copy / "comparison.yaml").read_text())
@@ -182,6 +185,7 @@ def test_what_has_a_result_is_not_made_again(compared, toy_base, toy_data, tmp_p
         compare(copy, toy_base, toy_data, monkeypatch, "--only", "team")
 
 
+@pytest.mark.slow
 def test_report(compared, toy_data, tmp_path):
     copy = shutil.copytree(compared, tmp_path / "copy")
     content = yaml.safe_load((copy / "comparison.yaml").read_text())
