@@ -12,7 +12,7 @@ from finteam_experts.data.conversations import chat_file, read_chats
 from finteam_experts.data.files import write_rows
 from finteam_experts.errors import InputError
 from finteam_experts.runs import read_record
-from finteam_experts.training.rows import Example, mixed
+from finteam_experts.training.rows import Example, in_shares, mixed
 
 TOPICS = {"macro": "inflation", "micro": "net sales", "quant": "the mean return"}
 
@@ -132,14 +132,30 @@ def test_a_directory_with_conversations_alone(talking_run):
     assert set(report["models"]["base"]["answers"]) == {*ROLES, "general"}
 
 
-def test_an_expert_learns_from_its_conversations(talking_run):
-    (talking_run / "adapters/macro").rename(talking_run / "adapters/plain")
-    train_expert(talking_run, "macro", "--with_chats", "true")
-    corpus = read_record(talking_run / "adapters/macro")["inputs"]["corpus"]
-    assert set(corpus) == {"corpora", "chats"}
+def test_an_expert_learns_from_its_corpus_conversations_and_tasks(talking_run, capsys):
+    (talking_run / "adapters/macro").rename(talking_run / "adapters/before")
+    train_expert(talking_run, "macro")
+    assert {"corpus", "chats", "tasks"} <= set(read_record(talking_run / "adapters/macro")["inputs"]["corpus"])
     chat_file(talking_run / "data", "macro").unlink()
-    with pytest.raises(InputError, match="has no conversations of macro"):
-        train_expert(talking_run, "macro", "--with_chats", "true")
+    (talking_run / "adapters/macro").rename(talking_run / "adapters/all")
+    train_expert(talking_run, "macro")
+    assert "has no chats of the role macro: it learns from corpus, tasks" in capsys.readouterr().out
+    (talking_run / "adapters/macro").rename(talking_run / "adapters/less")
+    with pytest.raises(InputError, match="has no chats of the role macro: nothing to learn from"):
+        train_expert(talking_run, "macro", "--learn_from", "{chats: 1}")
+
+
+@pytest.mark.parametrize("shares", ["{poems: 1}", "{corpus: 0}", "[corpus]", "{corpus: much}", "{corpus: 0.2"])
+def test_shares_that_an_expert_cannot_learn_in(new_run, shares):
+    with pytest.raises(InputError, match="it gives corpus, chats, tasks, or some of them, a share above 0"):
+        train_expert(new_run, "macro", "--learn_from", shares)
+
+
+def test_rows_are_drawn_in_shares_and_a_short_part_starts_again():
+    short, long = (Example([name], [name], None, False) for name in (1, 2))
+    rows = in_shares({"a": [short] * 3, "b": [long] * 60}, {"a": 0.5, "b": 0.5, "c": 9.0}, 8, seed=0)["input_ids"]
+    assert rows.count([2]) >= 60
+    assert 0.4 < rows.count([1]) / len(rows) < 0.6
 
 
 def test_conversations_of_a_role_that_the_team_does_not_have(talking_run):

@@ -12,16 +12,18 @@ from finteam_experts.data.files import text_key
 from finteam_experts.data.sample import figures
 from finteam_experts.data.sample.figures import change_percent, make_company, pick
 
-Row = dict[str, str]  # {"text", "label"}
+Row = dict[
+    str, str
+]  # {"text", "label", "reason"}: what the label follows from, or "" where chance decided against the text
 
 
 def task_rows(task: str, count: int, rng: random.Random) -> list[Row]:
-    """Draw `count` rows of `task`, no text twice."""
+    """Draw `count` rows of `task`, with `text` and `label`, no text twice."""
     maker = MAKERS[task]
     rows: dict[str, Row] = {}
     while len(rows) < count:
         row = maker(rng)
-        rows.setdefault(text_key(row), row)
+        rows.setdefault(text_key(row), {"text": row["text"], "label": row["label"]})
     return list(rows.values())
 
 
@@ -50,7 +52,8 @@ def _fpb(rng: random.Random) -> Row:
     else:
         text = pick(rng, f"{metric} of {name} was EUR {now} mn, against {before} mn a year earlier.|"
                           f"{name}: {metric.lower()} EUR {now} mn (previous year {before} mn).")  # fmt: skip
-    return {"text": text, "label": label}
+    moved = {1: "rose", -1: "fell", 0: "hardly changed, and went"}[direction]
+    return {"text": text, "label": label, "reason": f"{metric.lower()} {moved} from EUR {before} mn to {now} mn"}
 
 
 _CHEERS = (
@@ -74,16 +77,19 @@ def _fiqasa(rng: random.Random) -> Row:
     form = rng.random()
     if form < 0.5:
         remark = pick(rng, {"negative": _GROANS, "neutral": _SHRUGS, "positive": _CHEERS}[label])
-        text = f"${company.ticker} {now}, {remark}"
+        text, reason = f"${company.ticker} {now}, {remark}", f'the writer says "{remark}"'
     elif form < 0.8:
         verb = pick(rng, {"negative": "tumble|slide|sink|drop|plunge", "neutral": "tread water|idle|drift|stall|go nowhere",
                            "positive": "rally|gain|surge|jump|soar"}[label])  # fmt: skip
         text = f"{company.name} shares {verb} to {now} as investors weigh {company.sector}"
+        reason = f"the shares {verb} to {now}"
     elif form < 0.9:
         text = f"${company.ticker} {change_percent(now, before):+.1f}% this week, closing at {now}"
+        reason = f"the share moved by {change_percent(now, before):+.1f}% this week"
     else:
+        reason = f"the share went from {before} to {now} within a week"
         text = f"${company.ticker} closed at {now}, a week ago {before}. {pick(rng, 'Earnings next.|Thoughts?|Still in.')}"
-    return {"text": text, "label": label}
+    return {"text": text, "label": label, "reason": reason}
 
 
 _PRICE_UP = "up at|rises to|climbs to|gains, trades at|firmer at|rallies to|higher at"
@@ -110,10 +116,12 @@ def _headlines(rng: random.Random) -> Row:
     if rng.random() < 0.7:
         verb = pick(rng, _PRICE_UP if now > before else _PRICE_DOWN)
         text = pick(rng, f"{name} {verb} {now:.2f} on {reason}, {when}|{when}: {name} {verb} {now:.2f} amid {reason}")
+        because = f'the headline says "{verb} {now:.2f}"'
     else:
         text = pick(rng, f"{name} settles at {now:.2f} after {before:.2f} on {reason}, {when}|"
                           f"{when}: {name} {now:.2f}, previous {before:.2f}; {reason} in focus")  # fmt: skip
-    return {"text": text, "label": "Yes" if now > before else "No"}
+        because = f"the price went from {before:.2f} to {now:.2f}"
+    return {"text": text, "label": "Yes" if now > before else "No", "reason": because}
 
 
 _GOOD_NEWS = (
@@ -136,7 +144,9 @@ def _stock_movement(rng: random.Random) -> Row:
     news = pick(rng, _GOOD_NEWS if surprise > 0 else _BAD_NEWS).format(x=abs(surprise))
     days = " and ".join(f"{rng.gauss(0, 1.2):+.1f}%" for _ in range(2))
     text = f"{make_company(rng).name}, {days} in two days. News: {news}."
-    return {"text": text, "label": "Rise" if next_return > 0 else "Fall"}
+    as_said = (next_return > 0) == (surprise > 0)
+    reason = f"the news is {'good' if surprise > 0 else 'bad'}, {news}, though a single day is mostly noise"
+    return {"text": text, "label": "Rise" if next_return > 0 else "Fall", "reason": reason if as_said else ""}
 
 
 MAKERS: dict[str, Callable[[random.Random], Row]] = {

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions on prices and returns."""
+
+import random
+from functools import cache
+
+from finteam_experts.data.sample import figures
+from finteam_experts.data.sample.figures import HELDOUT_YEARS, change_percent, pick
+from finteam_experts.data.sample.turns import Chat, chat
+
+_PLACES = ("first", "second", "third", "fourth", "fifth")
+
+
+@cache
+def _windows(held: bool, name: str, column: str) -> list[list[str]]:
+    """Windows of five days of an index, as they are written: its `close`, or its `return` in percent."""
+    series = figures.index_days(name)[column]
+    starts = range(0, len(series) - 5, 5)
+    return [
+        [f"{value:.2f}" for value in series.iloc[start : start + 5]]
+        for start in starts
+        if (series.index[start].year in HELDOUT_YEARS) == held
+    ]
+
+
+def quant(rng: random.Random, held: bool) -> Chat:
+    kind, name = rng.random(), rng.choice(("S&P 500", "NASDAQ"))
+    if kind < 0.25:
+        values = rng.choice(_windows(held, name, "close"))
+        text = f"{name} closes: {', '.join(values)}."
+        best = rng.random() < 0.5
+        value = (max if best else min)(values, key=float)
+        asked, word = ("highest", "highest") if best else ("lowest", "lowest")
+        return chat("read", f"{text}\n\nWhat was the {asked} close?", f"The {word} close was {value}.")
+    if kind < 0.4:
+        now, before = rng.randint(20, 400), rng.choice((20, 25, 40, 50, 80, 100, 200))
+        asked = pick(rng, "What is its return?|What return is that?")
+        text = f"A share went from {before} to {now}."
+        return chat(
+            "computed",
+            f"{text}\n\n{asked}",
+            f"The return is {change_percent(now, before):.0f} percent, from {before} to {now}.",
+        )
+    values = rng.choice(_windows(held, name, "return"))
+    text = f"{pick(rng, 'Daily returns in %|Returns of five days in %')}: {', '.join(values)}."
+    low, high = min(values, key=float), max(values, key=float)
+    if kind < 0.6:
+        best = rng.random() < 0.5
+        place = _PLACES[values.index(high if best else low)]
+        word = "best" if best else "worst"
+        return chat(
+            "read",
+            f"{text}\n\nWhich day was the {word}?",
+            f"The {word} day was the {place}, with {high if best else low} percent.",
+        )
+    if kind < 0.75:
+        count = sum(float(value) > 0 for value in values)
+        return chat(
+            "computed", f"{text}\n\nOn how many days did it rise?", f"It rose on {count} of {len(values)} days."
+        )
+    spread = float(high) - float(low)
+    mood = "volatile" if spread > 3 else ("calm" if spread < 1.5 else "moderately volatile")
+    asked = pick(rng, "How volatile is this share?|Is this share volatile?|What do these returns say about risk?")
+    return chat(
+        "reason", f"{text}\n\n{asked}", f"The share is {mood}: its daily returns range from {low} to {high} percent."
+    )

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sample's conversations: right figures, enough questions, held-out ones unseen; and the base's own general answers."""
+
+import json
+import random
+import re
+
+import pytest
+
+from conftest import call, load_script, shell
+from finteam_experts.data.conversations import read_chats
+from finteam_experts.data.sample.chats import ROLES, chats, general_questions, knowledge
+from finteam_experts.evaluation.answers import unsupported_figures
+
+
+def texts(chat):
+    *asked, answer = [turn["content"] for turn in chat["messages"]]
+    return "\n".join(asked), answer
+
+
+@pytest.fixture(scope="module", params=ROLES)
+def drawn(request):
+    return chats(request.param, 500, 60, random.Random(f"7 {request.param}"))
+
+
+def test_every_figure_of_an_answer_is_in_its_passage_or_follows_from_it(drawn):
+    for part in drawn:
+        for chat in part:
+            asked, answer = texts(chat)
+            percent_only = re.sub(
+                r"\d of \d days", "", answer
+            )  # counted from the passage, not computed from two figures
+            if chat["kind"] != "knowledge":
+                assert not unsupported_figures(asked, percent_only), (asked, answer)
+
+
+def test_answers_are_whole_sentences_in_which_no_label_stands_alone(drawn):
+    for part in drawn:
+        for chat in part:
+            _, answer = texts(chat)
+            assert re.fullmatch(r"[A-Z0-9].*[.\"]\.?", answer)
+            assert len(answer.split()) >= 4
+
+
+def test_no_question_is_in_both_splits(drawn):
+    train, heldout = ({chat["messages"][0]["content"] for chat in part} for part in drawn)
+    assert len(train) == 500
+    assert len(heldout) == 60
+    assert not train & heldout
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_sixty_questions_of_the_field_in_several_wordings(role):
+    train, heldout = knowledge(role)
+    answers = {chat["messages"][-1]["content"] for chat in train + heldout}
+    assert len(answers) >= 60
+    assert len(train + heldout) == 3 * len(answers)
+    unseen = answers - {chat["messages"][-1]["content"] for chat in train}
+    assert len(unseen) >= 6  # questions that are held out in every wording
+    assert len(heldout) > 3 * len(unseen)  # and wordings of known ones
+    for answer in answers:
+        assert 1 <= len(re.findall(r"[.!?](?:\s|$)", answer)) <= 3
+
+
+def test_the_base_answers_general_questions_itself_once(new_run, capsys):
+    call("scripts/rehearse.py", "--run_dir", new_run)
+    (before,) = [line for line in capsys.readouterr().out.splitlines() if "own answers" in line]
+    kept = read_chats(new_run / "data", "general"), read_chats(new_run / "data", "general", heldout=True)
+    assert all(kept)
+    assert len(kept[0]) + len(kept[1]) <= len(general_questions())
+    call("scripts/rehearse.py", "--run_dir", new_run)
+    assert "skipped" in capsys.readouterr().out
+    assert "general.jsonl" in before
+
+
+@pytest.mark.parametrize(("answer", "kept"), [
+    ("It is blue. It is wide. And then it", "It is blue. It is wide."),
+    ("One. One. One.", ""),
+    ("no sentence at all", ""),
+    ("Three tips:\n\n1. Rest. 2. Eat well. 3.", "Three tips:\n\n1. Rest. 2. Eat well."),
+])  # fmt: skip
+def test_rehearsed_answers_are_cut_at_whole_sentences(answer, kept):
+    assert load_script("scripts/rehearse.py").whole_sentences(answer) == kept
+
+
+def test_questions_of_ones_own_and_a_directory_that_is_not_there(new_run, tmp_path):
+    result = shell("python", "scripts/rehearse.py", "--run_dir", tmp_path / "none")
+    assert result.returncode == 2
+    assert "make_sample_data.py" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_rows_say_their_kind(drawn):
+    assert {chat["kind"] for part in drawn for chat in part} == {"knowledge", "read", "computed", "reason"}
+    assert all(json.dumps(chat) for part in drawn for chat in part)
