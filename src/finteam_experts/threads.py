@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many cores a process uses, and how its threads wait for each other. Import it before torch.
+"""How many cores a process uses, how its threads wait for each other, and what they compute in. Import it before torch.
 
 Between two matrix products a thread that has finished spins until the others have. If another program uses one of the cores,
 it spins for as long as the slowest thread has to wait for that core. OpenMP reads how long to spin when torch is imported.
@@ -32,3 +32,11 @@ def use_available_cores() -> None:
     import torch
 
     torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies in bfloat16 itself (AVX512-BF16, AMX or Arm's BF16): elsewhere float32 is faster."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -125,17 +125,7 @@ def test_one_target_module_is_a_list_of_one(new_run, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(recipe | {"lora_target_modules": "gate_proj", "max_steps": 2})
     )
-    call(
-        "recipes/train_expert.py",
-        "--config",
-        tmp_path / "recipe.yaml",
-        "--run_dir",
-        new_run,
-        "--role",
-        "macro",
-        "--max_length",
-        64,
-    )
+    call("recipes/train_expert.py", "--config", tmp_path / "recipe.yaml", "--run_dir", new_run, "--role", "macro")
     names = load_file(new_run / "adapters/macro/adapter_model.safetensors")
     assert all(".gate_proj." in name for name in names)
 
@@ -147,7 +137,8 @@ def test_the_rest_of_a_long_passage_is_trained_on(new_run):
     """Not its first `max_length` tokens alone: 32 passages of three and more sequences are an epoch of about 100 steps."""
     text = " ".join(f"Rates rose to {n} percent." for n in range(20))
     write_rows(corpus_file(new_run / "data", "macro"), [{"text": f"{text} {n}"} for n in range(32)])
-    train_expert(new_run, "macro", "--max_steps", -1, "--num_train_epochs", 1, "--save_steps", 1000)
+    train_expert(new_run, "macro", "--learn_from", "null", "--max_length", 64, "--max_steps", -1, "--num_train_epochs", 1,
+                 "--save_steps", 1000, "--lr_scheduler_type", "constant", "--per_device_train_batch_size", 1)  # fmt: skip
     assert read_record(new_run / "adapters/macro")["results"]["steps"] > 2 * 32
 
 

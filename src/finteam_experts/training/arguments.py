@@ -9,6 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from finteam_experts.threads import has_bf16_units
+
+import torch
 from accelerate import PartialState
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from transformers import PretrainedConfig
@@ -57,6 +60,10 @@ class RunArguments:
         default=None,
         metadata={"help": "Rows of an optimiser step in all processes together; sets gradient_accumulation_steps."},
     )
+    balance_rows: bool = field(
+        default=False,
+        metadata={"help": "Let every row count alike in the loss, however many tokens its answer has."},
+    )
     cpu_speedups: bool = field(default=True, metadata={"help": "Use what makes training fast on a CPU."})
 
     @property
@@ -87,6 +94,14 @@ class BaseModelConfig(ModelConfig):
     model_name_or_path: str | None = field(
         default=None,
         metadata={"aliases": ["--base"], "help": "Dense base: Hub id or folder. Defaults to RUN_DIR/base."},
+    )
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the frozen weights. Default: bfloat16 where a CPU trains in bf16, otherwise float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
     )
 
     def __post_init__(self) -> None:
@@ -130,32 +145,21 @@ class BaseModelConfig(ModelConfig):
             )
 
 
-def check_length(tokens: int | None, config: PretrainedConfig) -> None:
-    """Raise `InputError` if that many tokens are more than the model has positions for."""
-    if tokens and tokens > (positions := config.max_position_embeddings):
-        found = f"max_length is {tokens} tokens, and the model has {positions} positions (max_position_embeddings)"
-        raise InputError(f"{found}. Set it to that or less.")
-
-
-def rows_of_run(training_args: SFTConfig) -> int | None:
-    """How many rows a training of `max_steps` reads, in all processes; `None` if it goes by epochs."""
-    steps, rows = training_args.max_steps, training_args.per_device_train_batch_size
-    each = rows * training_args.gradient_accumulation_steps * PartialState().num_processes
-    return steps * each if steps > 0 else None
-
-
 def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
     """Parse the command line and its `--config` YAML into dataclasses.
 
     Raises `InputError` for an unknown key, a value of a wrong type and a setting that the pipeline would not follow.
     """
     fields = {f.name: f for cls in argument_classes for f in dataclasses.fields(cls)}
+    recipe = {}
     if "--config" in sys.argv:
         if sys.argv[-1] == "--config":
             raise InputError("--config needs a recipe: --config recipes/sample/train_expert.yaml")
-        _check_recipe(Path(sys.argv[sys.argv.index("--config") + 1]), argument_classes, fields)
+        recipe = _check_recipe(Path(sys.argv[sys.argv.index("--config") + 1]), argument_classes, fields)
     try:
         parser = TrlParser(argument_classes, allow_abbrev=False)
+        if "bf16" in fields and (recipe.get("use_cpu") or not torch.accelerator.is_available()):
+            parser.set_defaults(bf16=has_bf16_units())
         *parsed, unknown = parser.parse_args_and_config(return_remaining_strings=True)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(str(error)) from None
@@ -172,9 +176,11 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
     return tuple(parsed)
 
 
-def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[str, dataclasses.Field]) -> None:
+def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[str, dataclasses.Field]) -> dict:
+    """The recipe's content, checked."""
     types = {name: hint for cls in argument_classes for name, hint in get_type_hints(cls).items()}
-    for key, value in read_yaml(path).items():
+    recipe = read_yaml(path)
+    for key, value in recipe.items():
         if key not in fields:
             hint = " Did you mean 'model_name_or_path'?" if key == "base" else nearest(str(key), fields)
             raise InputError(f"{path}: unknown key '{key}'.{hint}")
@@ -196,6 +202,7 @@ def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[s
             raise InputError(f"{path}: {key} is {value!r}: {error.errors()[0]['msg'].lower()}.") from None
         if isinstance(value, float) and types[key] in (int, int | None):
             raise InputError(f"{path}: {key} is {value!r}; it must be a whole number, without a point.")
+    return recipe
 
 
 def _check_settings(arguments: SFTConfig | ModelConfig) -> None:

@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl import SFTTrainer
 
+from finteam_experts.training.loss import mean_over_rows, row_numbers
+
 ATTENTION = "sdpa_within_sequences"  # the name under which transformers finds it
 TOKENS = 32  # in bfloat16 a CPU compiles its kernels for every new number of tokens: batches are padded to a multiple
 
@@ -123,9 +125,13 @@ def has_compact_loss(trainer: SFTTrainer, inputs: dict[str, torch.Tensor]) -> bo
 
 
 def compact_loss(
-    trainer: SFTTrainer, model: nn.Module, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | None
-) -> torch.Tensor:
-    """TRL's loss and metrics, without the entropy, from the labelled positions of the one row that the batch is."""
+    trainer: SFTTrainer, model: nn.Module, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | None,
+    *, balance_rows: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """TRL's loss and metrics, without the entropy, from the labelled positions of the one row that the batch is.
+
+    With `balance_rows` each of the rows in it counts alike, as in `balanced_loss`.
+    """
     args = trainer.args
     labels = inputs["labels"][0, 1:]
     positions = (labels != -100).nonzero().flatten()
@@ -139,10 +145,15 @@ def compact_loss(
             model_inputs[key] = torch.cat([inputs[key], inputs[key][:, :missing]], dim=1)
     outputs = model(**model_inputs, use_cache=False, logits_to_keep=positions)
     logits, targets = outputs.logits[0].float(), labels[positions]  # [labelled positions, vocabulary]
-    loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-    loss = loss / (targets.numel() if num_items is None else num_items)
-    if num_items is not None and args.average_tokens_across_devices:
-        loss = loss * trainer.accelerator.num_processes  # num_items counts every process, DDP averages
+    # what is a mean over the micro-batch, unlike a token sum, has to be divided for gradient accumulation
+    steps = trainer.current_gradient_accumulation_steps if num_items is not None else 1
+    if balance_rows:
+        loss = mean_over_rows(logits, targets, row_numbers(inputs)[0, 1:][positions]) / steps
+    else:
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss = loss / (targets.numel() if num_items is None else num_items)
+        if num_items is not None and args.average_tokens_across_devices:
+            loss = loss * trainer.accelerator.num_processes  # num_items counts every process, DDP averages
 
     metrics = trainer._metrics["train" if model.training else "eval"]
     metrics["mean_token_accuracy"].append((logits.argmax(-1) == targets).float().mean().item())
@@ -152,7 +163,5 @@ def compact_loss(
     metrics["num_tokens"] = [trainer._total_train_tokens]
     if trainer.aux_loss_enabled:
         metrics["aux_loss"].append(outputs.aux_loss.item())
-        # a mean over the micro-batch, unlike the token sum above, so gradient accumulation has to divide it
-        steps = trainer.current_gradient_accumulation_steps if num_items is not None else 1
         loss = loss + trainer.router_aux_loss_coef * outputs.aux_loss / steps
     return loss

@@ -56,7 +56,9 @@ def train_lora(
         )
     fast = script_args.cpu_speedups and training_args.device.type == "cpu"
     attention = model_args.attn_implementation or (cpu.ATTENTION if fast else None)
-    options = {"dtype": model_args.dtype or "auto", "attn_implementation": attention}
+    # without a cast of every weight in every step; a LoRA's own weights stay in float32
+    dtype = model_args.dtype or ("bfloat16" if fast and training_args.bf16 else "float32")
+    options = {"dtype": dtype, "attn_implementation": attention}
     training_args.model_init_kwargs = {**options, **(training_args.model_init_kwargs or {})}
     model = str(model_folder)
     if adapts_linear_experts(config, model_args.lora_target_modules):
@@ -78,7 +80,7 @@ def train_lora(
         peft_config=get_peft_config(model_args), quantization_config=quantization,
         callbacks=[checkpoints.CompleteCheckpoints(), checkpoints.FiniteGradients()],
     )  # fmt: skip
-    trainer.cpu_speedups = fast
+    trainer.cpu_speedups, trainer.balance_rows = fast, script_args.balance_rows
     if fast:
         cpu.fuse_lora(trainer.model)
     if route_by_task:

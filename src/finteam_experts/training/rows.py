@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from accelerate import PartialState
+from datasets import Dataset, interleave_datasets
+from transformers import PretrainedConfig
+from trl import SFTConfig
 
 from finteam_experts.chats import ChatFormat, Turns
 from finteam_experts.data.conversations import GENERAL, Conversation, chat_roles, read_chats
@@ -54,10 +57,11 @@ def conversation_examples(form: ChatFormat, conversations: list[Conversation], r
     return [Example(exchange.ids, exchange.labels, role, False) for exchange in form.exchanges(conversations)]
 
 
-def text_examples(form: ChatFormat, texts: list[str], role: str | None) -> list[Example]:
-    """Plain texts, each ended by the tokenizer's end token. The loss is on all of it."""
+def text_examples(form: ChatFormat, texts: list[str], role: str | None, longest: int | None = None) -> list[Example]:
+    """Plain texts, each ended by the tokenizer's end token, in pieces of `longest` tokens. The loss is on all of it."""
     encoded = form.tokenizer(texts)["input_ids"] if texts else []
-    rows = [[*ids, form.tokenizer.eos_token_id] for ids in encoded]
+    whole = [[*ids, form.tokenizer.eos_token_id] for ids in encoded]
+    rows = [ids[at : at + longest] for ids in whole for at in range(0, len(ids), longest)] if longest else whole
     return [Example(ids, ids, role, False) for ids in rows]
 
 
@@ -101,6 +105,13 @@ def mixed(tasks: list[Example], chats: list[Example], chat_share: float | None, 
     return _shuffled(kept, seed)
 
 
+def in_shares(parts: dict[str, list[Example]], shares: dict[str, float], longest: int, seed: int) -> Dataset:
+    """The rows of all parts, drawn in these shares until each part is through; a short one starts again."""
+    datasets = [as_dataset(_shuffled(rows, seed), longest, None) for rows in parts.values()]
+    probabilities = [shares[part] / sum(shares[name] for name in parts) for part in parts]
+    return interleave_datasets(datasets, probabilities, seed, stopping_strategy="all_exhausted")
+
+
 def _shuffled(rows: list[Example], seed: int) -> list[Example]:
     return random.Random(seed).sample(rows, len(rows))
 
@@ -133,3 +144,17 @@ def _expert_of(role: str | None, team: Collection[str]) -> str:
     raise InputError(
         f"route_by_task: there are rows {whose}, and the team has {', '.join(team)}. Leave them out of the data."
     )
+
+
+def check_length(tokens: int | None, config: PretrainedConfig) -> None:
+    """Raise `InputError` if that many tokens are more than the model has positions for."""
+    if tokens and tokens > (positions := config.max_position_embeddings):
+        found = f"max_length is {tokens} tokens, and the model has {positions} positions (max_position_embeddings)"
+        raise InputError(f"{found}. Set it to that or less.")
+
+
+def rows_of_run(training_args: SFTConfig) -> int | None:
+    """How many rows a training of `max_steps` reads, in all processes; `None` if it goes by epochs."""
+    steps, rows = training_args.max_steps, training_args.per_device_train_batch_size
+    each = rows * training_args.gradient_accumulation_steps * PartialState().num_processes
+    return steps * each if steps > 0 else None

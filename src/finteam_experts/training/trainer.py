@@ -11,11 +11,13 @@ from trl import SFTTrainer
 
 from finteam_experts.training import cpu
 from finteam_experts.training.checkpoints import not_finite
+from finteam_experts.training.loss import balanced_loss
 from finteam_experts.training.task_routing import EXPERT, TaskRouting, with_experts
 
 
 class RecipeTrainer(SFTTrainer):
     cpu_speedups = True
+    balance_rows = False
     task_routing: TaskRouting | None = None
 
     def route_by_task(self) -> None:
@@ -38,5 +40,7 @@ class RecipeTrainer(SFTTrainer):
         if self.task_routing:
             self.task_routing.experts = inputs.pop(EXPERT)  # stays for the second forward pass of checkpointing
         if self.cpu_speedups and not return_outputs and cpu.has_compact_loss(self, inputs):
-            return cpu.compact_loss(self, model, inputs, num_items_in_batch)
+            return cpu.compact_loss(self, model, inputs, num_items_in_batch, balance_rows=self.balance_rows)
+        if self.balance_rows:
+            return balanced_loss(self, model, inputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
