@@ -20,6 +20,8 @@ from finteam_experts.merging.join import weight_average
 from finteam_experts.merging.layout import save_model
 from finteam_experts.models import load_model, local_folder
 
+# of the merged team, with which the published results were made
+FIRST_ROUTER = ("--tokens_per_role", 4000, "--chat_share", 0.25, "--ridge", 0.03)
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -129,8 +131,8 @@ class InitialModels:
         if team.expert_steps:
             for role in self.roles:
                 train(role, team.expert_steps)
-            step("scripts/merge_moe.py", "--run_dir", folder, "--base", base)
-            step("scripts/fit_router.py", "--run_dir", folder, "--data_dir", self.data)
+            step("scripts/merge_moe.py", "--run_dir", folder, "--base", base, "--experts_per_token", 2)  # as published
+            step("scripts/fit_router.py", "--run_dir", folder, "--data_dir", self.data, *FIRST_ROUTER)
         write_json(record, made_from)
         return base
 

@@ -38,16 +38,17 @@ from finteam_experts.evaluation.routing import RoutingCallback
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.models import as_chats, check_base, load_tokenizer, local_folder, read_config
-from finteam_experts.training.arguments import (
-    BaseModelConfig,
-    RunArguments,
-    check_length,
-    parse,
-    rows_of_run,
-    settings,
-)  # fmt: skip
+from finteam_experts.training.arguments import BaseModelConfig, RunArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora, tuning_results
-from finteam_experts.training.rows import as_dataset, chat_examples, dataset_examples, mixed, task_examples
+from finteam_experts.training.rows import (
+    as_dataset,
+    chat_examples,
+    check_length,
+    dataset_examples,
+    mixed,
+    rows_of_run,
+    task_examples,
+)  # fmt: skip
 from finteam_experts.weights import size_of
 
 ROUTING_TOKENS = 96
@@ -57,6 +58,10 @@ OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct", "expert": "experts-i
 @dataclass
 class TuneArguments(DatasetArguments, RunArguments):
     start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
+    as_trunk: bool = field(
+        default=False,
+        metadata={"help": "Write the tuned base to RUN_DIR/trunk, for experts and team to branch off from."},
+    )
     role: str | None = field(default=None, metadata={"help": "Which expert, for start_from expert."})
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Tune on these tasks of the data directory alone."}
@@ -93,10 +98,10 @@ class TuneArguments(DatasetArguments, RunArguments):
                 f"start_from is {self.start_from} and role {self.role}: a role names the expert that is tuned by itself, with "
                 "--start_from expert and not otherwise."
             )
+        if self.as_trunk and self.start_from != "base":
+            raise InputError(f"as_trunk is for start_from base; start_from is {self.start_from}.")
         if self.own_tasks and not self.role:
-            raise InputError(
-                "own_tasks is for one expert that is tuned by itself: pass --start_from expert --role ROLE too."
-            )
+            raise InputError("own_tasks is for one expert tuned by itself: pass --start_from expert --role ROLE.")
 
     def limits(self, tasks: Tasks) -> dict[str, int | None]:
         of_task = self.rows_of_task
@@ -141,8 +146,9 @@ def initial_model(args: TuneArguments, training_args: SFTConfig, model_args: Bas
         )
     folder = run_dir / ("moe" if args.start_from == "moe" else f"experts/{args.role}")
     record = runs.require(folder, "python scripts/merge_moe.py")
-    if args.role and training_args.data_seed is None:  # experts that see the rows in different orders err differently
-        training_args.data_seed = random.Random(f"{training_args.seed} {args.role}").randrange(2**31)
+    if args.role:  # experts that see the rows in different orders err differently
+        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        training_args.data_seed = random.Random(f"{seed} {args.role}").randrange(2**31)
     return folder, record
 
 
@@ -205,7 +211,7 @@ def main() -> None:
     leaks.check_chats(args.data, chat_roles(args.data))
     callback_of = routing_callback(args, team, form)
     args.check_task_routing(tasks, team, training_args, model_args)
-    target = Path(args.run_dir) / OUTPUTS[args.start_from] / (args.role or "")
+    target = Path(args.run_dir) / ("trunk" if args.as_trunk else OUTPUTS[args.start_from]) / (args.role or "")
     inputs = {
         "model": fingerprint(start),
         "tasks": {task: file_hash(task_file(args.data, task, "train")) for task in tasks},

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STEP 1. Train the LoRA of one role expert on the role's corpus (next-token loss, packed).
+"""STEP 1. Train the LoRA of one role expert on what its role has: corpus, conversations, tasks.
 
     accelerate launch recipes/train_expert.py --config recipes/sample/train_expert.yaml --role macro
 
 Reads RUN_DIR/data and RUN_DIR/base unless --data_dir and --base name others, writes RUN_DIR/adapters/ROLE. The LoRA is
 on the MLP alone: that is all that becomes an expert of the MoE. Any TRL setting can be overridden on the command line.
+
+Without `learn_from` it learns from the corpus alone (next-token loss, packed). `learn_from` mixes corpus, conversations
+and the role's tasks in shares of the rows; the loss is on all of a passage, and on the answer of everything else.
 
 `--corpus FILES` streams the role's text from elsewhere, without a copy of it on this disk or in memory.
 
@@ -17,6 +20,7 @@ from pathlib import Path
 
 from finteam_experts.threads import use_available_cores  # before torch
 
+import yaml
 from datasets import Dataset, IterableDataset, interleave_datasets
 from trl import SFTConfig
 
@@ -24,8 +28,9 @@ from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
 from finteam_experts.data import leaks
 from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
-from finteam_experts.data.files import check_passages, corpus_file, read_corpus
+from finteam_experts.data.files import check_passages, corpus_file, read_corpus, task_file, tasks_of
 from finteam_experts.data.streams import describe, stream_corpus
+from finteam_experts.data.tasks import prompting
 from finteam_experts.data.trl_datasets import DatasetArguments
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.batches import encode
@@ -34,16 +39,19 @@ from finteam_experts.files import file_hash
 from finteam_experts.fingerprints import PLAIN_TEXT_PARTS, fingerprint
 from finteam_experts.merging.config import SHARED, check_role, read_merge_config, trained_roles
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, as_chats, check_base, load_tokenizer, local_folder
-from finteam_experts.training.arguments import (
-    BaseModelConfig,
-    RunArguments,
-    check_length,
-    parse,
-    rows_of_run,
-    settings,
-)
+from finteam_experts.training.arguments import BaseModelConfig, RunArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
+from finteam_experts.training.rows import (
+    Example,
+    check_length,
+    conversation_examples,
+    in_shares,
+    rows_of_run,
+    task_examples,
+    text_examples,
+)  # fmt: skip
 
+PARTS = ("corpus", "chats", "tasks")
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 
@@ -58,9 +66,35 @@ class ExpertArguments(DatasetArguments, RunArguments):
         },
     )
     corpus_column: str = field(default="text", metadata={"help": "The column of those files that has the text."})
-    with_chats: bool = field(default=False, metadata={"help": "Train on the role's conversations as well."})
+    learn_from: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the rows, as {corpus: 0.2, chats: 0.4, tasks: 0.4}. Default: the corpus alone, packed."
+        },
+    )
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            shares = yaml.safe_load(self.learn_from) if isinstance(self.learn_from, str) else self.learn_from
+        except yaml.YAMLError:
+            shares = self.learn_from
+        if shares is None:
+            self.learn_from = None
+            return
+        right = isinstance(shares, dict) and shares and set(shares) <= set(PARTS)
+        if not right or not all(isinstance(share, int | float) and share > 0 for share in shares.values()):
+            raise InputError(
+                f"learn_from is {self.learn_from!r}; it gives {', '.join(PARTS)}, or some of them, a share above 0, as "
+                "'{corpus: 0.2, chats: 0.4, tasks: 0.4}'."
+            )
+        if self.corpus or self.role == SHARED:
+            print("learn_from is for one role's own files: this training reads the corpus alone")
+            self.learn_from = None
+            return
+        self.learn_from = {part: share / sum(shares.values()) for part, share in shares.items()}
 
     def roles(self) -> list[str]:
         """The roles whose corpora are trained on."""
@@ -74,8 +108,7 @@ def role_text(
 ) -> tuple[Dataset | IterableDataset, object]:
     """The passages to train on, and what the record says of where they are from.
 
-    Of several corpora one passage in turn: a short one starts again until the longest is through. Conversations are
-    passages in the chat format.
+    Of several corpora one passage in turn: a short one starts again until the longest is through.
     """
     if args.corpus is None:
         corpora = {name: read_corpus(args.data, name) for name in roles}
@@ -83,12 +116,6 @@ def role_text(
             check_passages(args.data, name, passages)
         leaks.check_corpora(args.data, roles)
         hashes: dict[str, object] = {name: file_hash(corpus_file(args.data, name)) for name in roles}
-        if args.with_chats:
-            talkers = [name for name in roles if name in chat_roles(args.data)]
-            if not talkers:
-                raise InputError(f"with_chats: {args.data}/chats has no conversations of {', '.join(roles)}.")
-            corpora |= {f"{name}, chats": form.texts(read_chats(args.data, name)) for name in talkers}
-            hashes = {"corpora": hashes, "chats": {name: file_hash(chat_file(args.data, name)) for name in talkers}}
         if args.sources():
             for number, (rows, _) in enumerate(args.rows(rows_of_run(training_args))):
                 conversations = [row for row in rows if not isinstance(row, str)]
@@ -108,6 +135,44 @@ def role_text(
     return text, describe(args.corpus, args.corpus_column)
 
 
+def role_rows(
+    args: ExpertArguments, training_args: SFTConfig, form: ChatFormat, longest: int
+) -> tuple[Dataset, object]:
+    """The rows to train on, in the shares of `learn_from`, and what the record says of where they are from."""
+    data, role, seed = args.data, args.role, training_args.seed
+    tasks = {name: task for name, task in tasks_of(data).items() if task.role == role}
+    leaks.check_tasks(data, tasks)
+    leaks.check_corpora(data, [role])
+    leaks.check_chats(data, chat_roles(data))
+    passages = read_corpus(data, role)
+    check_passages(data, role, passages)  # the router will need them, whatever the expert learns from
+    parts: dict[str, list[Example]] = {"corpus": [], "chats": [], "tasks": []}
+    hashes: dict[str, object] = {}
+    if "corpus" in args.learn_from:
+        parts["corpus"] = text_examples(form, passages, role, longest)
+        hashes["corpus"] = file_hash(corpus_file(data, role))
+    if "chats" in args.learn_from and role in chat_roles(data):
+        parts["chats"] = conversation_examples(form, read_chats(data, role), role)
+        hashes["chats"] = file_hash(chat_file(data, role))
+    if "tasks" in args.learn_from:
+        parts["tasks"] = task_examples(data, tasks, form, seed, dict.fromkeys(tasks), hold_out=False)
+        hashes["tasks"] = {name: file_hash(task_file(data, name, "train")) for name in tasks}
+        hashes["asked"] = prompting(tasks)
+    if args.sources():
+        for rows, _ in args.rows(rows_of_run(training_args)):
+            parts["corpus"] += text_examples(form, [row for row in rows if isinstance(row, str)], role, longest)
+            parts["chats"] += conversation_examples(form, [row for row in rows if not isinstance(row, str)], role)
+        hashes["datasets"] = args.described()
+    found = {part: parts[part] for part in args.learn_from if parts[part]}
+    if not found:
+        raise InputError(
+            f"{data} has no {' and no '.join(args.learn_from)} of the role {role}: nothing to learn from."
+        )
+    if missing := [part for part in args.learn_from if part not in found]:
+        print(f"{data} has no {' and no '.join(missing)} of the role {role}: it learns from {', '.join(found)}")
+    return in_shares(found, args.learn_from, longest, seed), hashes
+
+
 def main() -> None:
     args, training_args, model_args = parse((ExpertArguments, SFTConfig, BaseModelConfig))
     use_available_cores()
@@ -118,7 +183,15 @@ def main() -> None:
     model_args.check_lora(config, allowed=None if shared else MLP_MODULES)
     check_length(training_args.max_length, config)
 
-    passages, corpus = role_text(args, roles, training_args, as_chats(tokenizer, base))
+    form = as_chats(tokenizer, base)
+    if args.learn_from:
+        dataset, sources = role_rows(
+            args, training_args, form, training_args.max_length or config.max_position_embeddings
+        )
+        # whole rows, of which nothing is left to cut; packing would sort them by length
+        training_args.max_length, training_args.packing, training_args.padding_free = None, False, True
+    else:
+        dataset, sources = role_text(args, roles, training_args, form)
     heldout = [text for name in roles for text in read_corpus(args.data, name, heldout=True)[: args.heldout_passages]]
     if not encode(tokenizer, heldout, 3):
         raise InputError(
@@ -128,9 +201,9 @@ def main() -> None:
     target = run_dir / "trunk" if shared else run_dir / "adapters" / args.role
     inputs = {
         "role": args.role,
-        # the trunk is a model with its chat template, an adapter knows plain text alone
-        "base": fingerprint(base) if shared else fingerprint(base, PLAIN_TEXT_PARTS),
-        "corpus": corpus,
+        # the trunk is a model with its chat template, an adapter of a corpus knows plain text alone
+        "base": fingerprint(base) if shared or args.learn_from else fingerprint(base, PLAIN_TEXT_PARTS),
+        "corpus": sources,
         "heldout": {name: file_hash(corpus_file(args.data, name, heldout=True)) for name in roles},
         "settings": settings(args, training_args, model_args),
     }
@@ -138,7 +211,7 @@ def main() -> None:
     if work is None:
         return
 
-    trainer = train_lora(base, passages, tokenizer, args, training_args, model_args, work)
+    trainer = train_lora(base, dataset, tokenizer, args, training_args, model_args, work)
     trainer.save_model(str(work / ADAPTER if shared else work))
 
     model = trainer.accelerator.unwrap_model(trainer.model)

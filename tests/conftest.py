@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Overrides that turn a sample recipe into seconds on the toy base.
-SHORT = ("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lora_r", "4")
+SHORT = ("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lora_r", "4", "--bf16", "false")
 
 
 def chat(question: str) -> list[dict[str, str]]:
@@ -89,7 +89,7 @@ def free_port() -> int:
 
 def train_expert(run_dir: Path, role: str, *arguments: object) -> None:
     call("recipes/train_expert.py", "--config", REPOSITORY / "recipes/sample/train_expert.yaml", "--run_dir", run_dir,
-         "--role", role, "--max_length", 64, *SHORT, *arguments)  # fmt: skip
+         "--role", role, *SHORT, *arguments)  # fmt: skip
 
 
 def fit_router(run_dir: Path, *arguments: object) -> None:

@@ -110,7 +110,7 @@ def test_experts_at_once_out_of_range_are_refused(layer_of_all, at_once):
 
 
 def test_experts_at_once_need_a_router_that_chooses_all(done_run):
-    with pytest.raises(InputError, match="uses 2 of 3 experts per token.*--experts_per_token 3"):
+    with pytest.raises(InputError, match="uses 1 of 3 experts per token.*--experts_per_token 3"):
         split_experts(load_model(done_run / "moe"), at_once=1)
 
 

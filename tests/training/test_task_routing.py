@@ -87,7 +87,7 @@ def test_the_router_of_a_tuned_team_is_fitted_to_what_its_gates_read_now(copied_
     [
         ("moe", ("--route_by_task", "true"), "set router_aux_loss_coef to 0"),
         ("dense", BY_TASK, "the model to be tuned has no team"),
-        ("moe", ("--own_tasks", "true"), "own_tasks is for one expert that is tuned by itself"),
+        ("moe", ("--own_tasks", "true"), "own_tasks is for one expert tuned by itself"),
     ],
 )
 def test_what_does_not_go_together_is_refused(copied_run, what, arguments, message):
