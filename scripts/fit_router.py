@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
-from finteam_experts.data.conversations import chat_file, chat_roles, check_chat_roles, read_chats
+from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, check_chat_roles, read_chats
 from finteam_experts.data.files import (
     check_passages,
     check_roles,
@@ -38,6 +38,7 @@ from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import PARTS, fingerprint
+from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.layout import expert_tensor
 from finteam_experts.merging.router import Sequences, fit
@@ -48,7 +49,7 @@ PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long o
 CHAT_TOKENS = 192
 HELD_BACK = 6  # passages per role that choose the scale and show the progress; the regression never sees them
 HELD_BACK_TOKENS = 96
-CHAT_SHARE = 0.25  # of a role's tokens, unless --chat_share says otherwise
+CHAT_SHARE = 0.8  # of a role's tokens, unless --chat_share says otherwise: the rest keeps plain text with its analyst
 
 
 def role_text(
@@ -80,6 +81,13 @@ def role_text(
     plain = encode(form.tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
     text = chats + _first_tokens(plain, tokens - sum(map(len, chats)))
     return text, encode(form.tokenizer, held_back, HELD_BACK_TOKENS)
+
+
+def general_text(data: Path, names: list[str], form: ChatFormat, tokens: int) -> Sequences:
+    """Conversations that are of no analyst, up to `tokens` tokens; none if the team has a generalist to give them to."""
+    if GENERAL not in chat_roles(data) or BASE in names:
+        return []
+    return _first_tokens([e.ids[:CHAT_TOKENS] for e in form.exchanges(read_chats(data, GENERAL))], tokens)
 
 
 def _first_tokens(sequences: Sequences, tokens: int) -> Sequences:
@@ -130,10 +138,10 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
     parser.add_argument("--model", choices=("moe", "moe-instruct"), default="moe", help="whose router")
-    parser.add_argument("--tokens_per_role", type=int, default=4000, help="calibration tokens of each role")
+    parser.add_argument("--tokens_per_role", type=int, default=6000, help="calibration tokens of each role")
     parser.add_argument("--chat_share", type=float, default=CHAT_SHARE,
                         help="share of them in the chat format: more for a team that answers tasks")  # fmt: skip
-    parser.add_argument("--ridge", type=float, default=0.03, help="penalty, as a share of the mean diagonal of X'X")
+    parser.add_argument("--ridge", type=float, default=0.01, help="penalty, as a share of the mean diagonal of X'X")
     parser.add_argument(
         "--scale", type=float, help="how sharply the gates mix (default: by the held-back text's loss)"
     )
@@ -160,24 +168,24 @@ def main() -> None:
     form = as_chats(tokenizer, moe)
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
     tasks = {name: task for name, task in tasks_of(data).items() if task.role in names}
-    talkers = {name: file_hash(chat_file(data, name)) for name in names if name in chat_roles(data)}
-    optional = {"scale": None, "chat_share": CHAT_SHARE}  # recorded where they differ from these
-    settings = {key: getattr(args, key) for key in ("tokens_per_role", "ridge", "seed")}
+    general = general_text(data, names, form, args.tokens_per_role)
+    talkers = {name: file_hash(chat_file(data, name)) for name in (*names, GENERAL) if name in chat_roles(data)}
+    settings = {key: getattr(args, key) for key in ("tokens_per_role", "chat_share", "ridge", "seed")}
     inputs = {
         "model": fingerprint(moe, PARTS[1:]),
         "corpora": {name: file_hash(corpus_file(data, name)) for name in names},
         "tasks": {name: file_hash(task_file(data, name, "train")) for name in tasks},
         "asked": prompting(tasks),
         **({"chats": talkers} if talkers else {}),
-        "settings": settings
-        | {key: getattr(args, key) for key, usual in optional.items() if getattr(args, key) != usual},
+        "settings": settings | ({} if args.scale is None else {"scale": args.scale}),
     }
     if is_fitted(moe, record, inputs, overwrite=args.overwrite):
         print(f"{moe} has its fitted router: skipped")
         return
 
     model = load_model(moe).to(PartialState().device)
-    gates, results = fit(model, tokenizer, [own for own, _ in text], [own for _, own in text], args.ridge, args.scale)
+    to_fit, held_back = ([part[place] for part in text] for place in (0, 1))
+    gates, results = fit(model, tokenizer, to_fit, held_back, args.ridge, args.scale, general)
     del model  # room for the files below
 
     check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))

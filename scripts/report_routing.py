@@ -24,8 +24,10 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from finteam_experts import files, runs
+from finteam_experts.chats import SPANS
 from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
-from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus
+from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus, read_task, task_file, tasks_of
+from finteam_experts.data.tasks import prompting, render_all
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.heldout import heldout_loss
@@ -65,12 +67,20 @@ def print_report(report: dict[str, Any]) -> None:
     table = Table(
         "gates", title=f"Routing of held-out text ({report['passages']} passages, {report['tokens']} tokens)"
     )
-    for column in ("tokens to own analyst", "passages", "mean own weight", "load entropy (lowest)", "dead experts"):
+    columns = (
+        "tokens to own analyst",
+        "of passage, question, answer",
+        "passages",
+        "load entropy (lowest)",
+        "dead experts",
+    )
+    for column in columns:
         table.add_column(column, justify="right")
     for name, part in report["gates"].items():
         s = part["summary"]
         entropy = f"{s['load_entropy']:.3f} ({s['lowest_load_entropy']:.3f})"
-        shares = [f"{s[key]:.3f}" for key in ("own_role_tokens", "own_role_passages", "own_role_weight")]
+        spans = " ".join(f"{s[f'own_role_{span}']:.2f}" for span in SPANS if f"own_role_{span}" in s)
+        shares = [f"{s['own_role_tokens']:.3f}", spans, f"{s['own_role_passages']:.3f}"]
         table.add_row(name, *shares, entropy, str(s["dead_experts"]))
     console.print(table)
     table = Table("model", title="Held-out loss in nats per token (perplexity)")
@@ -85,8 +95,13 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw, for every router: own-role share by layer and role, load by layer, and the confusion of roles."""
-    gates, roles, texts = report["gates"], report["roles"], [f"text of {role}" for role in report["roles"]]
+    """Draw, for every router: own-role share by layer and role, load by layer, and the confusion of roles.
+
+    All routers are drawn on passages, the last one on conversations and task prompts as well.
+    """
+    *_, last = (name for name in report["gates"] if ", " not in name)
+    gates = {name: part for name, part in report["gates"].items() if ", " not in name or name.startswith(last)}
+    roles, texts = report["roles"], [f"text of {role}" for role in report["roles"]]
     figure, axes = plt.subplots(
         3, len(gates), figsize=(4.2 * len(gates), 9), layout="constrained", squeeze=False, height_ratios=(2, 2, 3)
     )
@@ -144,11 +159,19 @@ def main() -> None:
     chats = {}
     if set(names) <= set(chat_roles(data, heldout=True)):
         chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.passages) for name in names}
+    tasks, asked = tasks_of(data), {name: [] for name in names}
+    for task in tasks.values():
+        if task.role in names:
+            rows = evenly_spread(read_task(data, task, "test"), args.passages)
+            labels = [row["label"] for row in rows]
+            asked[task.role] += zip(render_all(task, rows, load_tokenizer(moe)), labels, strict=True)
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "dense": {name: fingerprint(folder) for name, folder in {"base": base, **experts}.items()},
         "gates": {file.stem: files.file_hash(file) for file in sorted((moe / GATES).glob("*.safetensors"))},
         "corpora": {name: files.file_hash(corpus_file(data, name, heldout=True)) for name in names},
+        "tasks": {name: files.file_hash(task_file(data, name, "test")) for name in tasks},
+        "asked": prompting(tasks),
         "settings": {"passages": args.passages, "max_tokens": args.max_tokens},
     }
     if chats:
@@ -164,7 +187,9 @@ def main() -> None:
         if not own:
             found = f"{corpus_file(data, name, heldout=True)}: its passages are of one token or none"
             raise InputError(f"{found}, of which there is no loss. Add longer ones.")
-    talks = [[exchange.ids[: args.max_tokens] for exchange in form.exchanges(chats[name])] for name in chats]
+    talks = {"conversations": [form.exchanges(chats[name]) for name in chats]} if chats else {}
+    if all(asked[name] for name in names):
+        talks["task prompts"] = [form.exchanges(asked[name]) for name in names]
     part = work / "dense.json"
     if not part.exists():
         files.write_json(part, dense_losses(base, experts, tokenizer, passages, args.max_tokens))
@@ -184,8 +209,9 @@ def main() -> None:
             print(f"Routing: {folder_name}, {name} router")
             set_gates(model, weights)
             gates[name] = measure_routing(model, tokenizer, sequences)
-            if talks:
-                gates[f"{name}, conversations"] = measure_routing(model, tokenizer, talks, losses=False)
+            for what, exchanges in talks.items() if name != "random" else ():
+                ids, spans = ([[getattr(e, part) for e in own] for own in exchanges] for part in ("ids", "spans"))
+                gates[f"{name}, {what}"] = measure_routing(model, tokenizer, ids, losses=False, spans=spans)
             ladder[f"{folder_name}, {name} router"] = dict(zip(names, gates[name].loss(), strict=True))
         del model
 

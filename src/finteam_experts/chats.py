@@ -24,6 +24,7 @@ _FIXED_DATE = (
     + "".join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in ("-d", *"dmbByYAaHMSjp"))
     + " }}{%- endmacro -%}"
 )
+SPANS = ("passage", "question", "answer")  # the question is the last paragraph of the user's last turn
 _PROBES = (("What moves bond yields?", "positive"), ("Sales rose.\n\nIs that good? Answer No or Yes.", "No"))
 
 
@@ -38,6 +39,10 @@ class Exchange:
     prompt: list[int]
     answer: list[int]  # up to and including the answer's last character
     end: list[int]  # what the template puts after the answer, such as an end-of-turn token
+
+    spans: list[
+        int
+    ]  # of each token of `ids`, as a place in `SPANS`, or -1 for what the template and the system turn add
 
     @property
     def ids(self) -> list[int]:
@@ -108,7 +113,20 @@ class ChatFormat:
                 raise TemplateError(f"it changes the answer {answer!r} to {text[len(prompt) :]!r} {where}")
             last = place + len(answer.strip())
             end = next((at for at in range(len(before), len(ids)) if offsets[at][0] >= last), len(ids))
-            found.append(Exchange(before, ids[len(before) : end], ids[end:]))
+            asked = (
+                conversations[row][0]
+                if isinstance(conversations[row][0], str)
+                else conversations[row][0][-1]["content"]
+            )
+            question = asked.strip().rpartition("\n\n")[2]
+            start = text.rfind(asked.strip(), 0, place)
+            middle, stop = text.rfind(question, 0, place), text.rfind(question, 0, place) + len(question)
+            marks = ((start, middle), (middle, stop), (place, last))
+            spans = [
+                next((span for span, (low, high) in enumerate(marks) if low <= (a + b) / 2 < high), -1)
+                for a, b in offsets
+            ]
+            found.append(Exchange(before, ids[len(before) : end], ids[end:], spans))
         return found
 
     def _prompt(self, turns: Turns | str) -> str:

@@ -27,7 +27,7 @@ def report_routing(run_dir, *arguments):
 def test_report(done_run):
     report = json.loads((done_run / "reports/routing.json").read_text())
     assert report["roles"] == list(ROLES)
-    assert list(report["gates"]) == ["hidden", "random", "fitted"]
+    assert [name for name in report["gates"] if ", " not in name] == ["hidden", "random", "fitted"]
     for part in report["gates"].values():
         assert torch.tensor(part["own_role_tokens"]).shape == (2, 3)
         assert torch.tensor(part["mean_weights"]).shape == (2, 3, 3)
@@ -74,14 +74,22 @@ def test_summary_of_a_known_routing():
     """One layer, two roles: the first role's tokens all go to its expert, the second's half and half."""
     counts = torch.tensor([[[8.0, 0.0], [2.0, 2.0]]])
     routing = Routing(
-        counts, counts, torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([8.0, 4.0]), torch.zeros(2)
+        counts,
+        counts,
+        torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]),
+        torch.tensor([8.0, 4.0]),
+        torch.zeros(2),
+        torch.tensor([[0.0, 6.0, 0.0], [0.0, 1.0, 1.0]]),
+        torch.tensor([[0.0, 8.0, 0.0], [0.0, 2.0, 2.0]]),
     )
     summary = routing.summary()
     assert summary["own_role_tokens"] == pytest.approx(0.75)
+    assert routing.spans() == {"own_role_question": pytest.approx(0.7), "own_role_answer": pytest.approx(0.5)}
     assert summary["own_role_passages"] == pytest.approx(0.5)
     assert summary["load_entropy"] == pytest.approx(-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)))
     assert summary["dead_experts"] == 0
-    dead = Routing(counts * torch.tensor([1.0, 0.0]), counts, counts, torch.tensor([8.0, 2.0]), torch.zeros(2))
+    dead = Routing(counts * torch.tensor([1.0, 0.0]), counts, counts, torch.tensor([8.0, 2.0]), torch.zeros(2),
+                   torch.zeros(2, 3), torch.zeros(2, 3))  # fmt: skip
     assert dead.summary()["dead_experts"] == 1
 
 

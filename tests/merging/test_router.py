@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
-from conftest import ROLES, call, fit_router, instruct_tune
+from conftest import ROLES, call, fit_router, form_of, instruct_tune
 from finteam_experts import runs
 from finteam_experts.data.files import corpus_file, read_corpus
 from finteam_experts.errors import InputError
@@ -56,6 +56,15 @@ def test_regression_is_ridge_regression():
     for layer, inputs in ((0, x.flip(1)), (1, x)):
         expected = Ridge(alpha=alpha, fit_intercept=False).fit(inputs, torch.eye(3)[y]).coef_
         assert torch.allclose(sums.solve(0.1)[layer], torch.tensor(expected).float(), atol=1e-5)
+
+
+def test_general_text_belongs_to_no_expert():
+    x, y = torch.randn(400, 12), torch.randint(4, (400,))  # 3: general
+    sums = GateRegression(layers=1, experts=3, hidden=12)
+    sums.add(0, x, y)
+    alpha = 0.1 * (x.T @ x).diagonal().mean().item()
+    expected = Ridge(alpha=alpha, fit_intercept=False).fit(x, torch.eye(4)[y][:, :3]).coef_
+    assert torch.allclose(sums.solve(0.1)[0], torch.tensor(expected).float(), atol=1e-5)
 
 
 def test_regression_refuses_hidden_states_that_are_not_finite():
@@ -120,6 +129,32 @@ def test_routing_is_what_a_loop_over_passages_counts(done_run, heldout):
     assert routing.loss()[1] == pytest.approx(heldout_loss(model, tokenizer, texts, max_tokens=96), abs=1e-5)
 
 
+def test_routing_by_passage_question_and_answer(done_run):
+    model, form = load_model(done_run / "moe"), form_of(done_run / "moe")
+    asked = [("Sales rose to 40 mn.\n\nIs that good?", "Yes, it is."), ("What is beta?", "A slope.")]
+    exchanges = [form.exchanges(asked), form.exchanges(asked[:1]), form.exchanges(asked[1:])]
+    for (question, answer), exchange in zip(asked, exchanges[0], strict=True):
+        for span, text in enumerate((question.rpartition("\n\n")[0], question.rpartition("\n\n")[2], answer)):
+            ids = [token for token, mark in zip(exchange.ids, exchange.spans, strict=True) if mark == span]
+            assert form.tokenizer.decode(ids).strip() == text
+    ids, spans = ([[getattr(e, part) for e in own] for own in exchanges] for part in ("ids", "spans"))
+    routing = measure_routing(model, form.tokenizer, ids, losses=False, spans=spans)
+    own, count = torch.zeros(3), torch.zeros(3)
+    for role, found in enumerate(exchanges):
+        for exchange in found:
+            with torch.no_grad():
+                logits = model(torch.tensor([exchange.ids]), output_router_logits=True).router_logits
+            for layer in logits:
+                for right, mark in zip((layer.argmax(-1) == role).tolist(), exchange.spans, strict=True):
+                    if mark >= 0:
+                        own[mark] += right
+                        count[mark] += 1
+    expected = dict(
+        zip(("own_role_passage", "own_role_question", "own_role_answer"), (own / count).tolist(), strict=True)
+    )
+    assert routing.spans() == pytest.approx(expected, abs=1e-5)
+
+
 def test_batches_hold_every_sequence_once_within_the_limit(done_run):
     lengths = [3, 50, 7, 7, 90, 200, 1, 30]
     sequences = [[number] * length for number, length in enumerate(lengths)]
@@ -136,7 +171,7 @@ def test_fitting_replaces_the_gates_and_nothing_else(merged, heldout):
     before = load_file(merged / "moe/model.safetensors")
     model, tokenizer = load_model(merged / "moe"), load_tokenizer(merged / "moe")
     hidden = measure_routing(model, tokenizer, heldout).summary()
-    fit_router(merged)
+    fit_router(merged, "--chat_share", 0.25)
     after = load_file(merged / "moe/model.safetensors")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         gate_tensor(layer) for layer in range(2)
@@ -167,7 +202,7 @@ def test_fitted_router_is_skipped_refused_or_replaced(copied_run, capsys):
     fit_router(copied_run)
     assert "moe has its fitted router: skipped" in capsys.readouterr().out
     before = folder_hash(copied_run / "moe")
-    with pytest.raises(InputError, match=r"settings.ridge: recorded 0.03, now 0.5\nPass --overwrite"):
+    with pytest.raises(InputError, match=r"settings.ridge: recorded 0.01, now 0.5\nPass --overwrite"):
         fit_router(copied_run, "--ridge", 0.5)
     assert folder_hash(copied_run / "moe") == before
     fit_router(copied_run, "--ridge", 0.5, "--overwrite")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 
+from finteam_experts.chats import SPANS
 from finteam_experts.evaluation.batches import padded_batches
 from finteam_experts.evaluation.heldout import token_losses
 
@@ -41,6 +42,8 @@ class Routing:
     passages: torch.Tensor  # passages in which the expert is most tokens' first choice
     tokens: torch.Tensor  # [roles]
     losses: torch.Tensor  # [roles] nats
+    own_by_span: torch.Tensor  # [roles, spans] tokens of SPANS that go to their own expert, the mean over layers
+    tokens_by_span: torch.Tensor  # [roles, spans]
 
     def loss(self) -> list[float]:
         """Held-out loss of each role in nats per token."""
@@ -62,7 +65,12 @@ class Routing:
             "load_entropy": entropy.mean().item(),
             "lowest_load_entropy": entropy.min().item(),
             "dead_experts": int((load < DEAD).sum()),
-        }
+        } | self.spans()
+
+    def spans(self) -> dict[str, float]:
+        """The share of tokens that go to their own expert, for each of `SPANS` that the text has."""
+        own, tokens = self.own_by_span.sum(0).tolist(), self.tokens_by_span.sum(0).tolist()
+        return {f"own_role_{span}": a / b for span, a, b in zip(SPANS, own, tokens, strict=True) if b}
 
     def details(self) -> dict[str, Any]:
         """By layer and role, and the confusion of roles (rows: the text's role, columns: the expert)."""
@@ -95,10 +103,12 @@ def measure_routing(
     sequences: list[list[list[int]]],
     *,
     losses: bool = True,
+    spans: list[list[list[int]]] | None = None,
 ) -> Routing:
     """Run the MoE on the token sequences of each role, in the order of the experts, and add up what its router does.
 
-    First tokens are left out. Without `losses` the vocabulary head is not computed, and `losses` is 0.
+    First tokens are left out. Of conversations, `spans` names each token's place in `SPANS`, and those with -1 are left out:
+    the template's are the same in every role's. Without `losses` the vocabulary head is not computed, and `losses` is 0.
     """
     was_training = model.training
     model.eval()
@@ -106,20 +116,32 @@ def measure_routing(
     everything = [ids for own in sequences for ids in own]
     layers, experts = model.config.num_hidden_layers, model.config.num_local_experts
     first, weights, passages = (torch.zeros(layers, len(sequences), experts) for _ in range(3))
+    marks = [torch.tensor(own) for of_role in spans or () for own in of_role]
+    own_by_span, tokens_by_span = torch.zeros(2, len(sequences), len(SPANS))
     tokens, loss = torch.zeros(len(sequences)), torch.zeros(len(sequences))
     for rows, batch in padded_batches(everything, tokenizer, title="routing"):
         batch = batch.to(model.device)
         outputs = model(**batch, output_router_logits=True, logits_to_keep=0 if losses else 1)
         kept = batch["attention_mask"].bool().cpu()
         kept[:, 0] = False
+        row_roles = torch.tensor([roles[row] for row in rows])
+        if spans:
+            padded = torch.nn.utils.rnn.pad_sequence([marks[row] for row in rows], batch_first=True, padding_value=-1)
+            kept &= padded >= 0
+            by_span = (
+                torch.nn.functional.one_hot(padded.clamp(min=0), len(SPANS)) * kept[..., None]
+            )  # [rows, length, spans]
+            tokens_by_span.index_add_(0, row_roles, by_span.sum(1).float())
         if losses:
             row_losses = token_losses(outputs.logits, batch["input_ids"], batch["attention_mask"]).sum(-1).cpu()
-        row_roles = torch.tensor([roles[row] for row in rows])
         tokens.index_add_(0, row_roles, kept.sum(-1).float())
         if losses:
             loss.index_add_(0, row_roles, row_losses)
         for layer, logits in enumerate(outputs.router_logits):  # [rows * length, experts]
             logits = logits.float().cpu()
+            if spans:
+                own = logits.argmax(-1).view(kept.shape) == row_roles[:, None]
+                own_by_span.index_add_(0, row_roles, (by_span * own[..., None]).sum(1).float() / layers)
             choices = torch.nn.functional.one_hot(logits.argmax(-1), experts).float()
             choices, mixed = (
                 (part.view(*kept.shape, experts) * kept[..., None]).sum(1)  # [rows, experts]
@@ -130,7 +152,7 @@ def measure_routing(
             winners = torch.nn.functional.one_hot(choices.argmax(-1), experts).float()
             passages[layer].index_add_(0, row_roles, winners)
     model.train(was_training)
-    return Routing(first, weights, passages, tokens, loss)
+    return Routing(first, weights, passages, tokens, loss, own_by_span, tokens_by_span)
 
 
 class RoutingCallback(TrainerCallback):

@@ -41,6 +41,8 @@ class GateRegression:
     def add(self, layer: int, hidden_states: torch.Tensor, experts: torch.Tensor) -> None:
         """Add tokens to one layer: `hidden_states` [tokens, hidden] and the index of each one's expert [tokens].
 
+        The index after the last expert's is that of general text, which no expert is to get for itself.
+
         Raises `InputError` if a hidden state is not finite.
         """
         x = hidden_states.float()
@@ -50,7 +52,9 @@ class GateRegression:
                 "overflows in its dtype: look at the adapters' training log, or load it in bfloat16 or float32."
             )
         self.inputs[layer].addmm_(x.T, x)
-        self.targets[layer].addmm_(x.T, torch.nn.functional.one_hot(experts, self.experts).to(x))
+        self.targets[layer].addmm_(
+            x.T, torch.nn.functional.one_hot(experts, self.experts + 1)[:, : self.experts].to(x)
+        )
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The gates, fp32 [layers, experts, hidden]; `ridge` is the penalty as a share of the mean diagonal of X'X."""
@@ -91,23 +95,25 @@ def calibrate(
     text: list[Sequences],
     held_back: list[Sequences],
     ridge: float,
+    general: Sequences = (),
     seed: int = 0,
 ) -> tuple[torch.Tensor, list[dict[str, float]]]:
     """One pass over the calibration text of each role, in the order of the experts.
 
-    Every sequence goes through its own role's expert alone, as it will once the router is right. Returns the gates, and
+    Every sequence goes through its own role's expert alone, as it will once the router is right; `general` ones, which are no
+    role's, through one after the other. Returns the gates, and
     the curve of their quality: the share of held-back tokens that they send to their own expert, by tokens read.
     """
     sums = GateRegression(len(gate_modules(model)), len(text), model.config.hidden_size, model.device)
     unseen = _gate_inputs(model, tokenizer, held_back)
-    sequences = [(ids, role) for role, own in enumerate(text) for ids in own]
+    sequences = [(ids, role) for role, own in enumerate([*text, general]) for ids in own]
     random.Random(seed).shuffle(sequences)
     curve, seen, tokens, seconds = [], 0, 0, 0.0
     while seen < len(sequences):
         start = time.monotonic()
         part = sequences[seen : max(2 * seen, 2 * len(text))]  # as many again as before: a curve with few points
         for rows, batch in padded_batches([ids for ids, _ in part], tokenizer, title="calibrating"):
-            _forward(model, batch, torch.tensor([part[row][1] for row in rows]), sums.add)
+            _forward(model, batch, torch.tensor([part[row][1] for row in rows]), len(text), sums.add)
         seen, tokens = seen + len(part), tokens + sum(len(ids) for ids, _ in part)
         gates = sums.solve(ridge)
         seconds += time.monotonic() - start  # without the time that the curve itself takes
@@ -127,13 +133,14 @@ def fit(
     held_back: list[Sequences],
     ridge: float,
     scale: float | None = None,
+    general: Sequences = (),
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Fit the gates and, unless it is given, choose their scale by the loss on the held-back text; leaves them in `model`.
 
     Returns the gates [layers, experts, hidden] and the figures of the fit.
     """
     start = time.monotonic()
-    gates, curve = calibrate(model, tokenizer, text, held_back, ridge)
+    gates, curve = calibrate(model, tokenizer, text, held_back, ridge, general)
 
     def loss_at(scale: float) -> float:
         set_gates(model, scale * gates)
@@ -143,6 +150,8 @@ def fit(
         print(f"gate scale {scale:g}: {loss:.4f} nats per token of the held-back text, mean over roles")
         return loss
 
+    if scale is None and model.config.num_experts_per_tok == 1:
+        scale = FIRST_SCALE  # one expert alone has the whole weight, whatever the scale
     scale, tried = choose_scale(loss_at) if scale is None else (scale, {scale: loss_at(scale)})
     set_gates(model, scale * gates)
     seconds = round(time.monotonic() - start, 1)
@@ -155,17 +164,20 @@ def _gate_inputs(model, tokenizer, text: list[Sequences]) -> list[tuple[torch.Te
     roles = [role for role, own in enumerate(text) for _ in own]
     for rows, batch in padded_batches([ids for own in text for ids in own], tokenizer, title="held-back text"):
         experts = torch.tensor([roles[row] for row in rows])
-        _forward(model, batch, experts, lambda layer, x, y: seen[layer].append((x.float(), y)))
+        _forward(model, batch, experts, len(text), lambda layer, x, y: seen[layer].append((x.float(), y)))
     return [(torch.cat([x for x, _ in part]), torch.cat([y for _, y in part])) for part in seen]
 
 
 @torch.no_grad()
-def _forward(model, batch, experts: torch.Tensor, see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> None:
-    """Run a batch, each row through its own expert; `see(layer, hidden states, experts)` gets all tokens but the first."""
+def _forward(
+    model, batch, experts: torch.Tensor, count: int, see: Callable[[int, torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Run a batch, each row through its own expert of `count`; `see(layer, hidden states, experts)` gets all tokens but the first."""
     batch = batch.to(model.device)
     kept = batch["attention_mask"].bool()
     kept[:, 0] = False  # an attention sink, with a norm a hundred times the others'
     kept = kept.flatten()
     own = experts.to(model.device).repeat_interleave(batch["input_ids"].shape[1])[kept]
-    with forced_experts(model, experts), watched_gates(model, lambda layer, x: see(layer, x[kept], own)):
+    turns = torch.where(experts < count, experts, torch.arange(len(experts)) % count)
+    with forced_experts(model, turns), watched_gates(model, lambda layer, x: see(layer, x[kept], own)):
         model.model(**batch)
