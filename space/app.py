@@ -16,9 +16,9 @@ from typing import TypedDict
 
 import gradio as gr
 
+import panels
 from examples import PASSAGES, QUESTIONS
 from gpu import on_gpu  # before what imports torch
-from panels import CSS, answer_html, layers_html, probabilities_html, shares_html
 from team import MAX_NEW_TOKENS, Answer, ModelError, Team
 
 MODEL_ID = os.environ.get("MODEL_ID", "outputs/quickstart/moe-instruct")
@@ -39,6 +39,7 @@ try:
 except ModelError as error:
     sys.exit(f"error: {error}")
 names = [member["title"] for member in team.members]
+Turns = list[dict[str, str]]
 
 
 class Reply(TypedDict):
@@ -100,25 +101,38 @@ def as_data(question: str, analyst: str, answer: Answer) -> Reply:
 
 
 @on_gpu
-def ask(question: str, analyst: str) -> Iterator[tuple[str, object, object, object]]:
+def ask(question: str, analyst: str, earlier: Turns = ()) -> Iterator[tuple[str, object, object, object, Answer]]:
     """Stream the answer as HTML; the last item also fills the panels and the record."""
     question, place = checked(question, "a question"), place_of(analyst)
     answer = Answer("")
-    with closing(team.stream(question, place)) as answers:  # when the visitor leaves, the model stops
+    turns = [*earlier, {"role": "user", "content": question}]
+    with closing(team.stream(turns, place)) as answers:  # when the visitor leaves, the model stops
         for answer in answers:
-            yield answer_html(answer, team.members), gr.skip(), gr.skip(), gr.skip()
+            yield panels.answer_html(answer, team.members), gr.skip(), gr.skip(), gr.skip(), answer
     record = {
         key: value for key, value in as_data(question, analyst, answer).items() if key not in ("tokens", "layers")
     }
     alone = f"<p>{analyst} answered alone: every gate was given to it.</p>"
-    shares = shares_html(answer.shares, team.members) if place is None else alone
-    layers = layers_html(answer.layers, team.members) if place is None else ""
+    shares = panels.shares_html(answer.shares, team.members) if place is None else alone
+    layers = panels.layers_html(answer.layers, team.members) if place is None else ""
     yield (
-        answer_html(answer, team.members, done=True),
+        panels.answer_html(answer, team.members, done=True),
         shares,
         layers,
         json.dumps(record, indent=2, ensure_ascii=False),
+        answer,
     )
+
+
+@on_gpu
+def ask_all(question: str) -> Iterator[str]:
+    """The team's answer and each analyst's own, side by side."""
+    question, found = checked(question, "a question"), []
+    for title, color, place in [(ALL, "", None), *((m["title"], m["color"], i) for i, m in enumerate(team.members))]:
+        with closing(team.stream(question, place)) as answers:
+            *_, answer = answers
+        found.append((title, color, answer.text))
+        yield panels.columns_html(found)
 
 
 @on_gpu
@@ -138,7 +152,11 @@ def classify(task: str, text: str) -> dict[str, float]:
 
 
 def classify_for_page(task: str, text: str) -> str:
-    return probabilities_html(classify(task, text))
+    return panels.probabilities_html(classify(task, text))
+
+
+def box(label: str, html: str = "", *, visible: bool = True) -> gr.HTML:
+    return gr.HTML(html, label=label, show_label=True, container=True, visible=visible)
 
 
 with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
@@ -146,20 +164,23 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
         f"# FinTeamExperts\n{len(names)} financial analysts in one model, and you see who answers.\n\n{NOTICE}"
     )
     with gr.Tab("Ask"):
+        earlier_state = gr.State([])
+        earlier_box = gr.HTML()
         question_box = gr.Textbox(label="Your question", lines=3, max_length=MAX_CHARACTERS, autofocus=True)
         with gr.Row():
             analyst_box = gr.Radio([ALL, *names], value=ALL, label="Who answers", scale=3)
             ask_button = gr.Button("Ask", variant="primary", scale=1)
         with gr.Row():
+            follow_button = gr.Button("Ask as a follow-up", size="sm")
+            all_button = gr.Button("Ask every analyst", size="sm")
+            link_button = gr.Button("Copy a link to this question", size="sm")
+        with gr.Row():
             with gr.Column(scale=3):
-                answer_box = gr.HTML(
-                    answer_html(Answer(""), team.members), label="The team's answer", show_label=True, container=True
-                )
+                answer_box = box("The team's answer", panels.answer_html(Answer(""), team.members))
             with gr.Column(scale=2):
-                alone_box = gr.HTML(
-                    answer_html(Answer(""), team.members), label="One analyst alone", show_label=True, container=True
-                )
-        shares_box = gr.HTML(label="Who carried the team's answer", show_label=True, container=True)
+                alone_box = box("One analyst alone", panels.answer_html(Answer(""), team.members))
+        columns_box = box("Everybody's answer; words that the team does not use are marked", visible=False)
+        shares_box = box("Who carried the team's answer")
         gr.Markdown(PERCENTAGES)
         with gr.Accordion("Layer by layer", open=False):
             layers_box = gr.HTML()
@@ -167,6 +188,7 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
             record_box = gr.Code(
                 language="json", label="Question, model, settings and routing, to copy", interactive=False
             )
+            download_button = gr.Button("Download as JSON", size="sm")
         if questions := [[question] for role in team.members for question in QUESTIONS.get(role["name"], ())]:
             gr.Examples(questions, [question_box], label="Examples")
     with gr.Tab("Tasks", visible=bool(team.tasks)):
@@ -178,33 +200,48 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
         )
         passage_box = gr.Textbox(label="Passage", lines=4, max_length=MAX_CHARACTERS)
         classify_button = gr.Button("Weigh the labels", variant="primary")
-        labels_box = gr.HTML(
-            label="Probability of each label, among the task's labels", show_label=True, container=True
-        )
+        labels_box = box("Probability of each label, among the task's labels")
         known_box = gr.Textbox(label="Known label", interactive=False, visible=False)
         if passages := [[name, *row] for name in team.tasks for row in PASSAGES.get(name, ())]:
             gr.Examples(passages, [task_box, passage_box, known_box], label="Passages with their known label")
 
     # the team's answer and a single analyst's are side by side: each question fills its own box
-    def ask_on_page(question: str, analyst: str) -> Iterator[tuple]:
-        with closing(ask(question, analyst)) as answers:
-            for html, shares, layers, record in answers:
+    def ask_on_page(question: str, analyst: str, earlier: Turns | None = None) -> Iterator[tuple]:
+        earlier = earlier or []
+        with closing(ask(question, analyst, earlier)) as answers:
+            for html, shares, layers, record, answer in answers:
                 if analyst == ALL:
-                    yield html, gr.skip(), shares, layers, record
+                    said = [
+                        {"role": "user", "content": question.strip()},
+                        {"role": "assistant", "content": answer.text},
+                    ]
+                    kept = [*earlier, *said]
+                    yield html, gr.skip(), shares, layers, record, panels.earlier_html(earlier), kept
                 else:
-                    yield gr.skip(), html, gr.skip(), gr.skip(), record
+                    yield gr.skip(), html, gr.skip(), gr.skip(), record, gr.skip(), gr.skip()
 
+    def ask_all_on_page(question: str) -> Iterator[object]:
+        for html in ask_all(question):
+            yield gr.HTML(html, visible=True)
+
+    def question_of_link(request: gr.Request) -> object:
+        asked = request.query_params.get("q", "")[:MAX_CHARACTERS]
+        return asked or gr.skip()  # without one, what a visitor has typed by now stays
+
+    alone = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private", "trigger_mode": "once"}
+    outputs = [answer_box, alone_box, shares_box, layers_box, record_box, earlier_box, earlier_state]
     for trigger in (ask_button.click, question_box.submit):
-        trigger(
-            ask_on_page, [question_box, analyst_box], [answer_box, alone_box, shares_box, layers_box, record_box],
-            concurrency_id="model", concurrency_limit=1, api_visibility="private", trigger_mode="once",
-        )  # fmt: skip
-    classify_button.click(
-        classify_for_page, [task_box, passage_box], labels_box,
-        concurrency_id="model", concurrency_limit=1, api_visibility="private", trigger_mode="once",
-    )  # fmt: skip
+        trigger(ask_on_page, [question_box, analyst_box], outputs, **alone)
+    follow_button.click(ask_on_page, [question_box, analyst_box, earlier_state], outputs, **alone)
+    all_button.click(ask_all_on_page, question_box, columns_box, **alone)
+    link_button.click(None, question_box, None, js=panels.LINK)
+    download_button.click(None, record_box, None, js=panels.DOWNLOAD)
+    demo.load(question_of_link, None, question_box, api_visibility="private")
+    classify_button.click(classify_for_page, [task_box, passage_box], labels_box, **alone)
     gr.api(ask_for_data, api_name="ask", concurrency_id="model", concurrency_limit=1)
     gr.api(classify, api_name="classify", concurrency_id="model", concurrency_limit=1)
 
 if __name__ == "__main__":
-    demo.queue(max_size=MAX_VISITORS).launch(show_error=True, css=CSS, theme=gr.themes.Default(), ssr_mode=False)
+    demo.queue(max_size=MAX_VISITORS).launch(
+        show_error=True, css=panels.CSS, theme=gr.themes.Default(), ssr_mode=False
+    )

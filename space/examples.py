@@ -4,15 +4,14 @@
 QUESTIONS = {
     "macro": [
         "How do bond yields respond when a central bank fights inflation?",
-        "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %. What may the central bank do?",
+        "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %.\n\nWhat may the central bank do?",
     ],
     "micro": [
-        "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company? Answer negative, "
-        "neutral or positive.",
-        "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs. What do investors ask?",
+        "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
+        "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs.\n\nWhat do investors ask?",
     ],
     "quant": [
-        "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64. How volatile is this share?",
+        "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
         "What does a beta of 1.4 say about a share?",
     ],
     "base": ["How do I keep bread fresh for longer?"],

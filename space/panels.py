@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page shows of an answer, as HTML. All text that a visitor or the model wrote is escaped."""
 
+from difflib import SequenceMatcher
 from html import escape
 from itertools import groupby
 
-from team import Answer
+from team import NUMBER, Answer
 
 Members = list[dict[str, str]]
 
@@ -13,6 +14,14 @@ CSS = """
 .answer { min-height: 4.5rem; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
 .answer .run { border-bottom: 3px solid var(--analyst); padding-bottom: 1px; }
 .answer .run sup { font-size: .68em; font-weight: 600; margin-right: .25em; opacity: .85; }
+.given { text-decoration: underline dotted; text-underline-offset: 3px; }
+.foreign { background: color-mix(in srgb, #d33 22%, transparent); text-decoration: underline wavy #d33; }
+.other { background: color-mix(in srgb, currentColor 14%, transparent); border-radius: 3px; }
+.earlier { opacity: .85; border-left: 3px solid color-mix(in srgb, currentColor 25%, transparent); padding-left: .8rem; }
+.earlier p { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin-top: 1.5rem; }
+.columns h4 { margin: 0 0 .3rem; border-bottom: 3px solid var(--analyst, currentColor); }
+.columns p { overflow-wrap: anywhere; white-space: pre-wrap; }
 .note { font-size: .85em; margin-top: .6rem; opacity: .9; }
 .bars { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr 3.2rem; gap: .35rem .7rem; align-items: center; }
 .bars .bar { background: color-mix(in srgb, currentColor 12%, transparent); border-radius: 4px; height: .9rem; }
@@ -26,20 +35,33 @@ CSS = """
 """
 
 
+# In the visitor's browser: a link that fills the question in, and the record as a file.
+LINK = """question => {
+  const url = new URL(window.location); url.searchParams.set('q', question); history.replaceState(null, '', url);
+  navigator.clipboard?.writeText(url.href);
+}"""
+DOWNLOAD = """record => {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([record || '{}'], {type: 'application/json'}));
+  link.download = 'finteamexperts-answer.json'; link.click(); URL.revokeObjectURL(link.href);
+}"""
+
+
 def answer_html(answer: Answer, members: Members, *, done: bool = False) -> str:
     """The answer; once it is complete, each run of tokens underlined in the colour of the analyst that carried it."""
+    figures = [(found.start(), found.end(), found.group()) for found in NUMBER.finditer(answer.text)] if done else []
+    kinds = [(low, high, "foreign" if number in answer.foreign_numbers else "given") for low, high, number in figures]
     if answer.tokens:
-        runs = [
-            (members[carrier], "".join(piece for piece, _ in pieces))
-            for carrier, pieces in groupby(answer.tokens, key=lambda token: token[1])
-        ]
-        body = "".join(
-            f'<span class="run" style="--analyst: {escape(member["color"])}" title="{escape(member["title"])}">'
-            f"<sup>{escape(member['title'].split()[0])}</sup>{escape(text)}</span>"
-            for member, text in runs
-        )
+        body, start = "", 0
+        for carrier, pieces in groupby(answer.tokens, key=lambda token: token[1]):
+            member, text = members[carrier], "".join(piece for piece, _ in pieces)
+            body += (
+                f'<span class="run" style="--analyst: {escape(member["color"])}" title="{escape(member["title"])}">'
+                f"<sup>{escape(member['title'].split()[0])}</sup>{_marked(text, start, kinds)}</span>"
+            )
+            start += len(text)
     else:
-        body = escape(answer.text)
+        body = _marked(answer.text, 0, kinds)
     html = f'<div class="answer" aria-live="polite">{body}</div>'
     if answer.foreign_numbers:
         numbers = ", ".join(map(escape, answer.foreign_numbers))
@@ -47,6 +69,37 @@ def answer_html(answer: Answer, members: Members, *, done: bool = False) -> str:
     if done:
         html += '<p class="note">Written by an AI. Not financial advice.</p>'
     return html
+
+
+def _marked(text: str, start: int, kinds: list[tuple[int, int, str]]) -> str:
+    """The text, which begins at `start` of the answer, with the answer's figures (from, to, class) marked."""
+    html, at = "", start
+    for low, high, kind in kinds:
+        low, high = max(low, at), min(high, start + len(text))
+        if low < high:
+            html += f'{escape(text[at - start : low - start])}<span class="{kind}">{escape(text[low - start : high - start])}</span>'
+            at = high
+    return html + escape(text[at - start :])
+
+
+def earlier_html(turns: list[dict[str, str]]) -> str:
+    """The turns of a conversation so far."""
+    speakers = {"user": "You", "assistant": "The team"}
+    lines = "".join(f"<p><strong>{speakers[turn['role']]}:</strong> {escape(turn['content'])}</p>" for turn in turns)
+    return f'<div class="earlier">{lines}</div>' if turns else ""
+
+
+def columns_html(answers: list[tuple[str, str, str]]) -> str:
+    """Answers side by side, each as (title, colour, text); words that the first one does not have are marked."""
+    first, cells = answers[0][2].split(), ""
+    for title, color, text in answers:
+        words, body = text.split(), []
+        for what, _, _, low, high in SequenceMatcher(None, first, words, autojunk=False).get_opcodes():
+            part = escape(" ".join(words[low:high]))
+            body.append(part if what == "equal" or not part else f'<span class="other">{part}</span>')
+        own = f' style="--analyst: {escape(color)}"' if color else ""
+        cells += f"<div><h4{own}>{escape(title)}</h4><p>{' '.join(filter(None, body))}</p></div>"
+    return f'<div class="columns">{cells}</div>'
 
 
 def _bars(rows: list[tuple[str, float, str]]) -> str:

@@ -21,10 +21,11 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from chats import ChatFormat, chat_format
+from chats import ChatFormat, Turns, chat_format
 from prompts import task_prompt
 
 MAX_NEW_TOKENS = 160
+MAX_PROMPT_TOKENS = 1024  # of a conversation: earlier turns are left out beyond that
 LONGEST_TEXT = 256  # tokens of a passage, for a model whose tasks do not say
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
@@ -100,13 +101,22 @@ class Team:
         self._one_at_a_time = Lock()  # a forced analyst holds all gates of the model
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def stream(self, question: str, analyst: int | None = None) -> Iterator[Answer]:
-        """The growing answer of the team, or of one analyst alone; the last one also says which analyst carried what."""
-        with self._one_at_a_time:
-            yield from self._stream(question, analyst)
+    def stream(self, asked: str | Turns, analyst: int | None = None) -> Iterator[Answer]:
+        """The growing answer to a question or to the last turn of a conversation, of the team or of one analyst alone.
 
-    def _stream(self, question: str, analyst: int | None) -> Iterator[Answer]:
-        prompt = torch.tensor(self.form.prompts([question]), device=self.model.device)
+        The last one also says which analyst carried what.
+        """
+        with self._one_at_a_time:
+            yield from self._stream([{"role": "user", "content": asked}] if isinstance(asked, str) else asked, analyst)
+
+    def prompt(self, turns: Turns) -> list[int]:
+        """The tokens of a conversation; its oldest exchanges are left out while it is too long."""
+        longest = min(MAX_PROMPT_TOKENS, self.model.config.max_position_embeddings - MAX_NEW_TOKENS)
+        (ids,) = self.form.prompts([turns])
+        return self.prompt(turns[2:]) if len(ids) > longest and len(turns) > 2 else ids
+
+    def _stream(self, turns: Turns, analyst: int | None) -> Iterator[Answer]:
+        prompt = torch.tensor([self.prompt(turns)], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         made: list[torch.Tensor] = []
         gone = Event()
@@ -136,7 +146,7 @@ class Team:
             worker.join()
         if not made:
             raise RuntimeError("the model stopped without an answer")
-        given = set(NUMBER.findall(question))
+        given = set(NUMBER.findall("\n".join(turn["content"] for turn in turns)))
         foreign = [number for number in dict.fromkeys(NUMBER.findall(text)) if number not in given]
         tokens, layers = self.routing(made[0], prompt.shape[1]) if analyst is None else ([], [])
         yield Answer(text, tokens, layers, foreign)

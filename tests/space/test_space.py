@@ -54,7 +54,7 @@ def test_answer_is_that_of_plain_generation_and_shares_are_the_mixing_weights(cl
     with torch.no_grad():
         logits = model(made[:, :-1], output_router_logits=True).router_logits
     predicting = [layer[ids.shape[1] - 1 :] for layer in logits]  # the positions that predict the answer's tokens
-    expected = torch.stack([mixing_weights(layer, 2).mean(0) for layer in predicting])
+    expected = torch.stack([mixing_weights(layer, model.config.num_experts_per_tok).mean(0) for layer in predicting])
     torch.testing.assert_close(torch.tensor(reply["layers"]), expected, rtol=1e-4, atol=1e-4)
     assert list(reply["shares"].values()) == pytest.approx(expected.mean(0).tolist(), abs=1e-4)
 
@@ -170,3 +170,31 @@ def test_a_visitor_who_leaves_stops_the_model_and_frees_its_gates(team_here, mon
     monkeypatch.setattr("team.MAX_NEW_TOKENS", 160)
     *_, after = team_here.stream(question)
     assert after == expected
+
+
+def test_a_follow_up_sees_the_conversation_whose_oldest_exchanges_go_first(team_here, monkeypatch):
+    first, answer, second = ({"role": role, "content": text} for role, text in (
+        ("user", "Sales rose to 40 mn."), ("assistant", "That is good."), ("user", "By how much?")))  # fmt: skip
+    whole = team_here.prompt([first, answer, second])
+    assert whole == team_here.form.prompts([[first, answer, second]])[0]
+    *_, reply = team_here.stream([first, answer, second])
+    assert "40" not in reply.foreign_numbers
+    monkeypatch.setattr("team.MAX_PROMPT_TOKENS", len(whole) - 1)
+    assert team_here.prompt([first, answer, second]) == team_here.prompt([second])
+
+
+def test_figures_of_an_answer_are_marked_also_across_analysts(team_here):
+    panels = importlib.import_module("panels")
+    answer = importlib.import_module("team").Answer("From 19", [("From 1", 0), ("9 <to> 23.5", 1)], [], ["23.5"])
+    answer.text = "From 19 <to> 23.5"
+    html = panels.answer_html(answer, team_here.members, done=True)
+    assert '<span class="given">1</span></span>' in html
+    assert '<span class="given">9</span> &lt;to&gt; <span class="foreign">23.5</span>' in html
+    assert 'class="foreign"' not in panels.answer_html(answer, team_here.members)  # not before it is complete
+
+
+def test_answers_side_by_side_mark_what_the_team_does_not_say(team_here):
+    panels = importlib.import_module("panels")
+    html = panels.columns_html([("The team", "", "Rates rise."), ("Macro", "#123", "Rates <b>fall</b>.")])
+    assert "<p>Rates rise.</p>" in html
+    assert '<p>Rates <span class="other">&lt;b&gt;fall&lt;/b&gt;.</span></p>' in html

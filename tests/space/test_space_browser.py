@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo in a real browser, on a wide and on a narrow screen. Needs Debian's chromium, or CHROMIUM with its path."""
 
+import json
 import os
+import re
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -96,3 +100,45 @@ def test_html_in_a_question_stays_text(page):
     ask(page, "<img src=x onerror=\"document.title='broken'\">")
     expect(page.get_by_text("Written by an AI. Not financial advice.")).to_be_visible(timeout=30_000)
     assert page.title() == "FinTeamExperts"
+
+
+def test_a_link_fills_the_question_in(page, space_address):
+    page.goto(f"{space_address}/?q=Is%20beta%20%3C%201%3F")
+    expect(page.get_by_label("Your question")).to_have_value("Is beta < 1?")
+    page.get_by_label("Your question").fill("And now?")
+    page.get_by_role("button", name="Copy a link to this question").click()
+    expect(page).to_have_url(re.compile(r"q=And\+now%3F"))
+
+
+def test_a_conversation_goes_on(page):
+    ask(page, "What moves bond yields?")
+    expect(page.get_by_text("Written by an AI. Not financial advice.")).to_be_visible(timeout=30_000)
+    page.get_by_label("Your question").fill("Why?")
+    page.get_by_role("button", name="Ask as a follow-up").click()
+    expect(page.locator(".earlier")).to_contain_text("What moves bond yields?", timeout=30_000)
+
+
+def test_what_is_typed_while_the_page_loads_stays(page):
+    """The page asks for the question of its link when it is up; without one it leaves the box alone."""
+    slow = page.context.new_page()
+    slow.route("**/queue/join*", lambda route: (time.sleep(1), route.continue_()))
+    slow.goto(page.url, wait_until="commit")
+    slow.get_by_label("Your question").fill("What moves bond yields?")
+    slow.wait_for_timeout(4000)
+    expect(slow.get_by_label("Your question")).to_have_value("What moves bond yields?")
+
+
+def test_every_analyst_answers_on_one_click(page):
+    page.get_by_label("Your question").fill("What moves bond yields?")
+    page.get_by_role("button", name="Ask every analyst").click()
+    expect(page.locator(".columns h4")).to_have_count(4, timeout=60_000)
+
+
+def test_the_record_is_a_file(page):
+    ask(page, "What moves bond yields?")
+    expect(page.get_by_text("Written by an AI. Not financial advice.")).to_be_visible(timeout=30_000)
+    page.get_by_role("button", name="Record of the last answer").click()
+    with page.expect_download() as found:
+        page.get_by_role("button", name="Download as JSON").click()
+    record = json.loads(Path(found.value.path()).read_text())
+    assert record["question"] == "What moves bond yields?"
