@@ -10,7 +10,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-run_dir=outputs/quickstart data_dir='' base='' merge_config=$here/moe_merge.yaml limit=60 steps=()
+run_dir=outputs/quickstart data_dir='' base='' merge_config=$here/moe_merge.yaml limit=60 settings=()
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
   case "$1" in
@@ -19,8 +19,8 @@ while [ $# -gt 0 ]; do
     --base) base=$2 ;;
     --merge_config) merge_config=$2 ;;
     --limit) limit=$2 ;;
-    --max_steps) steps=(--max_steps "$2") ;;
-    *) echo "error: unknown option '$1'; known: --run_dir --data_dir --base --merge_config --limit --max_steps" >&2; exit 2 ;;
+    --max_steps | --seed | --bf16) settings+=("$1" "$2") ;;  # of every training
+    *) echo "error: unknown option '$1'; known: --run_dir --data_dir --base --merge_config --limit --max_steps --seed --bf16" >&2; exit 2 ;;
   esac
   shift 2
 done
@@ -32,35 +32,38 @@ launch() {
 }
 
 [ -n "$base" ] || run "dense base" make_base
-[ -n "$data_dir" ] || run "sample data" make_sample_data
+if [ -z "$data_dir" ]; then
+  run "sample data" make_sample_data
+  run "rehearsal" rehearse --base "${base:-$run_dir/base}"
+fi
 data=(--data_dir "${data_dir:-$run_dir/data}")
 base=(--base "${base:-$run_dir/base}")
+trunk=(--base "$run_dir/trunk")
 team=(--merge_config "$merge_config")
-training=("${data[@]}" ${steps[@]+"${steps[@]}"})  # macOS's bash 3 calls an empty array unset
+training=("${data[@]}" ${settings[@]+"${settings[@]}"})  # macOS's bash 3 calls an empty array unset
 
-# Step 1: one LoRA for each role
+# Step 1: the trunk, one model tuned on everything, and from it one LoRA for each role
+launch "trunk" instruct_tune instruct_tune_trunk "${base[@]}" "${training[@]}"
 roles=$(python -m finteam_experts.merging.config "$merge_config")
 for role in $roles; do
-  launch "expert: $role" train_expert train_expert --role "$role" "${team[@]}" "${base[@]}" "${training[@]}"
+  launch "expert: $role" train_expert train_expert --role "$role" "${team[@]}" "${trunk[@]}" "${training[@]}"
 done
 
 # Step 2: the experts become one mixture of experts, with a router that is fitted to them
-run "merge" merge_moe "${team[@]}" "${base[@]}"
+run "merge" merge_moe "${team[@]}" "${trunk[@]}"
 run "router" fit_router "${data[@]}"
-run "routing report" report_routing "${data[@]}" "${base[@]}" --passages 8 --max_tokens 96
 
-# Step 3: tune the team, and a dense model on the same rows for comparison
+# Step 3: tune the whole team for a few steps, and the trunk for as many steps as experts and team had, for comparison
 launch "tune: team" instruct_tune instruct_tune_moe "${training[@]}"
-launch "tune: dense baseline" instruct_tune instruct_tune_dense "${base[@]}" "${training[@]}"
+run "routing report" report_routing "${data[@]}" "${trunk[@]}" --tuned --passages 8 --max_tokens 96
+launch "tune: dense baseline" instruct_tune instruct_tune_dense "${trunk[@]}" "${training[@]}"
 
-# Step 4: evaluate all of them
-run "evaluation" evaluate "${data[@]}" "${base[@]}" --limit "$limit"
-
-python "$here/scripts/timed_step.py" --run_dir "$run_dir" --summary
+# Step 4: evaluate all of them, and show what came out
+run "evaluation" evaluate "${data[@]}" "${base[@]}" --models base dense-instruct moe-instruct --limit "$limit"
+python "$here/scripts/summarize.py" --run_dir "$run_dir"
 cat <<END
 
 The team is in        $run_dir/moe-instruct
-The reports are in    $run_dir/reports: routing and evaluation, as .json and .png
 Talk to the team:     make space MODEL_ID=$run_dir/moe-instruct
 Train it for longer:  bash scripts/quickstart.sh --run_dir outputs/longer --max_steps 400
 END

@@ -19,10 +19,7 @@ from finteam_experts.roles import role_of
 
 SCORES = {"accuracy": "accuracy", "f1": "macro_f1", "matthews_correlation": "mcc"}  # the Hub's names and ours
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of what scripts/make_base.py unpacks
-QUESTION = (
-    "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\n"
-    "What does this mean for the company? Answer negative, neutral or positive."
-)
+QUESTION = "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?"
 LIBRARIES = ("transformers", "trl", "peft", "mergekit", "torch")
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined,

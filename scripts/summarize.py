@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run has come to, on one screen and as one page: tasks, answers, routing, three questions to the team, cost.
+
+    python scripts/summarize.py --run_dir outputs/quickstart
+
+Reads the run's reports and asks the team three questions. Writes RUN_DIR/reports/summary.html, with the plots in it.
+"""
+
+import argparse
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from finteam_experts.threads import use_available_cores  # before torch
+
+import numpy as np
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from finteam_experts import runs
+from finteam_experts.errors import InputError, run
+from finteam_experts.evaluation.labels import greedy_answers
+from finteam_experts.evaluation.routing import expert_shares
+from finteam_experts.files import read_json, write_text
+from finteam_experts.models import as_chats, load_model, load_tokenizer
+
+TEAM, DENSE = "moe-instruct", "dense-instruct"
+QUESTIONS = (
+    "How do bond yields respond when a central bank fights inflation?",
+    "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
+    "What does a beta of 1.4 say about a share?",
+)
+MAX_NEW_TOKENS = 64
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>body {{ font-family: system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
+pre {{ overflow-x: auto; line-height: 1.25; }} img {{ max-width: 100%; height: auto; }}</style>
+<h1>{title}</h1>{tables}{images}</html>
+"""
+
+
+def ask_team(folder: Path) -> list[tuple[str, str, dict[str, float]]]:
+    """Each of `QUESTIONS`, the team's answer, and each analyst's share of the gate weight over question and answer."""
+    form = as_chats(load_tokenizer(folder), folder)
+    model = load_model(folder).to(PartialState().device)
+    titles = [member["title"] for member in runs.read_record(folder)["team"]]
+    answers = greedy_answers(model, form, list(QUESTIONS), max_new_tokens=MAX_NEW_TOKENS)
+    asked = []
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        (exchange,) = form.exchanges([(question, answer or "-")])
+        shares = expert_shares(model, exchange.ids).mean(0).tolist()
+        asked.append((question, answer, dict(zip(titles, shares, strict=True))))
+    return asked
+
+
+def task_table(evaluation: dict[str, Any], models: list[str]) -> Table:
+    """The main score of every task for each model, and their mean."""
+    table = Table("task", "main score", "majority class", title="Tasks: main score on held-out rows ± standard error")
+    for name in models:
+        table.add_column(name, justify="right")
+    for task in evaluation["tasks"]:
+        name, score = task["name"], task["main_score"]
+        own = [evaluation["models"][model]["tasks"][name] for model in models]
+        cells = [f"{part[score]:.3f} ± {part[f'{score}_stderr']:.3f}" for part in own]
+        table.add_row(task["title"], score, f"{evaluation['majority'][name][score]:.3f}", *cells)
+    table.add_section()
+    means = [
+        np.mean(
+            [evaluation["models"][model]["tasks"][task["name"]][task["main_score"]] for task in evaluation["tasks"]]
+        )
+        for model in models
+    ]
+    table.add_row("mean", "", "", *(f"{mean:.3f}" for mean in means))
+    return table
+
+
+def answer_table(evaluation: dict[str, Any], models: list[str]) -> Table:
+    """What the models do with held-out conversations, all roles together."""
+    table = Table("model", title="Answers to held-out conversations, mean over roles")
+    columns = {"nats": "nats per token", "rouge_l": "ROUGE-L", "bare": "bare labels", "unsupported": "with a wrong figure",
+               "words": "words"}  # fmt: skip
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for name in models:
+        parts = evaluation["models"][name]["answers"].values()
+        table.add_row(name, *(f"{np.mean([part[key] for part in parts]):.2f}" for key in columns))
+    return table
+
+
+def routing_table(routing: dict[str, Any]) -> Table:
+    """Who gets whose tokens, for each kind of held-out text, with the last router of the report."""
+    *_, shown = (name for name in routing["gates"] if ", " not in name)
+    table = Table("held-out text", "of", title="Whose tokens each analyst gets (own analyst in bold)")
+    for role in routing["roles"]:
+        table.add_column(role, justify="right")
+    for name, part in routing["gates"].items():
+        router, _, what = name.partition(", ")
+        if router != shown:
+            continue
+        for place, row in enumerate(part["confusion"]):
+            cells = [
+                f"[bold]{share:.0%}[/]" if place == column else f"{share:.0%}" for column, share in enumerate(row)
+            ]
+            table.add_row(what or "corpus" if place == 0 else "", routing["roles"][place], *cells)
+        table.add_section()
+    return table
+
+
+def question_table(asked: list[tuple[str, str, dict[str, float]]]) -> Table:
+    table = Table("question", "the team's answer", "who gave it", title="Three questions to the team", show_lines=True)
+    for question, answer, shares in asked:
+        named = ", ".join(f"{title} {share:.0%}" for title, share in sorted(shares.items(), key=lambda item: -item[1]))
+        table.add_row(question, answer, named)
+    return table
+
+
+def cost_table(notes: Path) -> Table:
+    """Minutes and peak memory of each step, from the run in which it took longest: later runs only skip what is complete."""
+    steps: dict[str, dict[str, Any]] = {}
+    for note in map(json.loads, notes.read_text().splitlines()):
+        steps[note["title"]] = max(steps.get(note["title"], note), note, key=lambda entry: entry["seconds"])
+    table = Table("step", title="Time and peak memory")
+    for column in ("minutes", "peak GiB"):
+        table.add_column(column, justify="right")
+    for title, step in steps.items():
+        table.add_row(title, f"{step['seconds'] / 60:.1f}", f"{step['peak_gib']:.1f}")
+    table.add_section()
+    minutes = sum(step["seconds"] for step in steps.values()) / 60
+    table.add_row("all", f"{minutes:.1f}", f"{max(step['peak_gib'] for step in steps.values()):.1f}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
+    args = parser.parse_args()
+    reports = args.run_dir / "reports"
+    for name, script in (("evaluation", "evaluate.py"), ("routing", "report_routing.py")):
+        if not (reports / f"{name}.json").is_file():
+            raise InputError(
+                f"{reports}/{name}.json does not exist. Make it: python scripts/{script} --run_dir {args.run_dir}"
+            )
+    runs.require(args.run_dir / TEAM, "recipes/instruct_tune.py or scripts/join_experts.py")
+
+    use_available_cores()
+    evaluation, routing = read_json(reports / "evaluation.json"), read_json(reports / "routing.json")
+    models = [name for name in ("base", "trunk", DENSE, TEAM) if name in evaluation["models"]]
+    asked = ask_team(args.run_dir / TEAM)
+    console = Console(width=None if Console().is_terminal else 140, record=True)
+    if evaluation["tasks"]:
+        console.print(task_table(evaluation, models))
+    if evaluation["models"][TEAM]["answers"]:
+        console.print(answer_table(evaluation, models))
+    console.print(routing_table(routing))
+    console.print(question_table(asked))
+    if (notes := reports / "quickstart.jsonl").is_file():
+        console.print(cost_table(notes))
+    for name, part in evaluation["differences"].items():
+        average = part.get("average")
+        if average:
+            found = f"average main score {average['difference']:+.3f} [{average['low']:+.3f}, {average['high']:+.3f}]"
+            console.print(f"{name}: {found} (95 % interval)")
+
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode((reports / f"{name}.png").read_bytes()).decode()}">'
+        for name in ("evaluation", "routing")
+    )
+    tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    page = reports / "summary.html"
+    write_text(page, PAGE.format(title=f"FinTeamExperts: {args.run_dir.name}", tables=tables, images=images))
+    print(f"The same with plots: {page}")
+
+
+if __name__ == "__main__":
+    run(main)
