@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_every_command_names_files_and_options_that_exist(path, helps, capsys):
             text = (REPOSITORY / script).read_text()
             names = {
                 *" ".join(re.findall(r"read_options '([\w ]+)'", text)).split(),
-                *re.findall(r"^ +--(\w+)\)", text, flags=re.M),
+                *re.findall(r"--(\w+)", " ".join(re.findall(r"^ +(--[\w| -]+)\)", text, flags=re.M))),
             }
             known = {f"--{name}" for name in names}
         else:
@@ -141,14 +142,23 @@ def test_comparison_reads_and_says_how_it_is_run(path):
     assert f"experiments/compare.py --config {path.relative_to(REPOSITORY)}" in path.read_text()
 
 
-@pytest.mark.parametrize("recipes", ["sample", "smollm2-135m"])
-def test_team_and_dense_model_are_tuned_alike(recipes):
-    moe, dense = (
-        yaml.safe_load((REPOSITORY / f"recipes/{recipes}/instruct_tune_{name}.yaml").read_text())
-        for name in ("moe", "dense")
-    )
+def recipe(path):
+    return yaml.safe_load((REPOSITORY / "recipes" / path).read_text())
+
+
+def test_team_and_dense_model_are_tuned_alike():
+    moe, dense = (recipe(f"smollm2-135m/instruct_tune_{name}.yaml") for name in ("moe", "dense"))
     different = {key for key in moe | dense if moe.get(key) != dense.get(key)}
     assert different == {"start_from", "router_aux_loss_coef", "routing_steps", "routing_passages", "learning_rate"}
+
+
+def test_the_samples_dense_model_has_the_steps_and_rows_of_experts_and_team():
+    expert, moe, dense = (
+        recipe(f"sample/{name}.yaml") for name in ("train_expert", "instruct_tune_moe", "instruct_tune_dense")
+    )
+    assert dense["max_steps"] == 3 * expert["max_steps"] + moe["max_steps"]
+    for key in ("per_device_train_batch_size", "lora_r", "lora_alpha", "balance_rows"):
+        assert expert[key] == moe[key] == dense[key]
 
 
 def test_quickstart_trains_the_roles_of_the_merge():
@@ -167,3 +177,11 @@ def test_no_file_is_long():
     files = subprocess.check_output(["git", "ls-files", "*.py", "*.sh"], cwd=REPOSITORY, text=True).split()
     lengths = {name: (REPOSITORY / name).read_text().count("\n") for name in files if not name.startswith("tests/")}
     assert {name: lines for name, lines in lengths.items() if lines > 250} == {}
+
+
+def test_every_file_of_the_library_is_packaged():
+    package = REPOSITORY / "src/finteam_experts"
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {path for pattern in settings["finteam_experts"] for path in package.glob(pattern)}
+    found = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert found == packaged

@@ -202,7 +202,7 @@ def test_how_a_script_ends(capsys, error, code, message):
 def test_a_missing_tracker_ends_with_its_own_sentence(new_run):
     ended = shell(
         sys.executable, "recipes/train_expert.py", "--config", "recipes/sample/train_expert.yaml", "--run_dir", new_run, "--role",
-        "macro", "--max_length", 64, "--max_steps", 2, "--report_to", "wandb",
+        "macro", "--max_steps", 2, "--report_to", "wandb",
     )  # fmt: skip
     assert ended.returncode != 0
     assert "pip install wandb" in ended.stderr
