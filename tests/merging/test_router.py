@@ -186,6 +186,7 @@ def test_fitting_replaces_the_gates_and_nothing_else(merged, heldout):
     assert curve[-1]["tokens"] == 3 * 1500
     assert curve[-1]["own_role_tokens"] > 0.6
     assert str(results["scale"]) in json.dumps(results["loss_at_scale"])
+    assert len(results["loss_at_scale"]) == 1  # with one expert per token, every scale is the same router
 
 
 def test_a_given_scale_is_taken(copied_run):
