@@ -25,7 +25,9 @@ DENSE, MOE = (str(REPOSITORY / f"recipes/sample/instruct_tune_{kind}.yaml") for 
 
 def comparison_file(folder: Path, **changes) -> Path:
     """A comparison of toy models, with every kind of initial model."""
-    short = dict(zip((option.removeprefix("--") for option in SHORT[::2]), map(yaml.safe_load, SHORT[1::2]), strict=True))
+    short = dict(
+        zip((option.removeprefix("--") for option in SHORT[::2]), map(yaml.safe_load, SHORT[1::2]), strict=True)
+    )
     content = {
         "run_dir": str(folder / "run"),
         "results": str(folder / "results"),

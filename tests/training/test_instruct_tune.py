@@ -111,6 +111,14 @@ def _save_until_step_two(save):
     return save_model
 
 
+def test_a_router_that_gets_no_gradient_is_not_trained(copied_run):
+    shutil.rmtree(copied_run / "moe-instruct")
+    with pytest.raises(
+        InputError, match="names gate, and each token of this model has one expert.*--experts_per_token 2"
+    ):
+        instruct_tune(copied_run, "moe", "--lora_modules_to_save", "gate")
+
+
 def test_other_settings_are_refused(copied_run):
     with pytest.raises(InputError, match=r"settings\.learning_rate: recorded 0\.0005, now 0\.5"):
         instruct_tune(copied_run, "dense", "--learning_rate", "0.5")

@@ -2,6 +2,7 @@
 """Several processes of one launch: the weights of one process with the same rows a step, whoever resumes whose checkpoint."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -116,7 +117,7 @@ def assert_same_training(one, other, before):
 
 def test_expert_of_two_processes_equals_that_of_one(new_run, tmp_path):
     other = shutil.copytree(new_run, tmp_path / "other")
-    rows = ("--rows_per_step", 4, "--max_length", 64)
+    rows = ("--rows_per_step", 4, "--max_length", 256)
     train_expert(new_run, "macro", *rows, *FAST, "--per_device_train_batch_size", 4)
     ended = launch(2, "train_expert.py", "train_expert", "--run_dir", other, "--role", "macro", *rows,
                    "--per_device_train_batch_size", 2)  # fmt: skip
@@ -157,6 +158,8 @@ def test_model_tuned_by_two_processes_equals_that_of_one(copied_run, tmp_path, w
 def test_team_in_pieces_on_two_processes_equals_that_of_one(copied_run, tmp_path):
     """FSDP2 with a LoRA on fused experts and a trained router: the same weights, saved as one process reads them."""
     shutil.rmtree(copied_run / "moe-instruct")
+    config = copied_run / "moe/config.json"  # with one expert per token a router gets no gradient
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts_per_tok": 2}))
     other = shutil.copytree(copied_run, tmp_path / "other")
     common = (
         "--router_aux_loss_coef",
@@ -186,7 +189,7 @@ def test_team_in_pieces_on_two_processes_equals_that_of_one(copied_run, tmp_path
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_resumes(new_run, tmp_path, before, after):
     straight = shutil.copytree(new_run, tmp_path / "straight")
-    rows = ("--role", "macro", "--rows_per_step", 4, "--per_device_train_batch_size", 2, "--max_length", 64)
+    rows = ("--role", "macro", "--rows_per_step", 4, "--per_device_train_batch_size", 2, "--max_length", 256)
     train_expert(straight, *rows[1:], *FAST)
     cut_off = launch(before, "train_expert.py", "train_expert", "--run_dir", new_run, *rows, instead=CUT_OFF)
     assert cut_off.returncode != 0

@@ -179,7 +179,7 @@ def test_killed_and_resumed_equals_uninterrupted(new_run, tmp_path):
     train_expert(straight, "macro", "--max_steps", 30)
 
     command = [sys.executable, "recipes/train_expert.py", "--config", RECIPE, "--run_dir", new_run, "--role", "macro",
-               "--max_length", "64", *SHORT, "--max_steps", "30"]  # fmt: skip
+               "--max_length", "256", *SHORT, "--max_steps", "30"]  # fmt: skip
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     work = work_folder(new_run / "adapters/macro")
     deadline = time.monotonic() + 120
@@ -206,7 +206,7 @@ def test_killed_and_resumed_equals_uninterrupted(new_run, tmp_path):
 def test_two_processes_under_accelerate(new_run):
     ended = shell(
         "accelerate", "launch", "--cpu", "--num_processes", "2", "recipes/train_expert.py", "--config", RECIPE,
-        "--run_dir", new_run, "--role", "macro", "--max_length", "64", *SHORT,
+        "--run_dir", new_run, "--role", "macro", "--max_length", "256", *SHORT,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     results = read_record(new_run / "adapters/macro")["results"]

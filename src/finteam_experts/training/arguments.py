@@ -95,7 +95,6 @@ class BaseModelConfig(ModelConfig):
         default=None,
         metadata={"aliases": ["--base"], "help": "Dense base: Hub id or folder. Defaults to RUN_DIR/base."},
     )
-
     dtype: str | None = field(
         default=None,
         metadata={
@@ -138,6 +137,11 @@ class BaseModelConfig(ModelConfig):
                     "and router: leave it out."
                 )
         saved = set(self.lora_modules_to_save or ())
+        if "gate" in saved and is_moe(config) and config.num_experts_per_tok == 1:
+            raise InputError(
+                "lora_modules_to_save names gate, and each token of this model has one expert, with all of the weight: its router "
+                "gets no gradient from the answers. Merge with --experts_per_token 2, or fit it: scripts/fit_router.py."
+            )
         if saved - ({"gate"} if is_moe(config) and allowed is None else set()):
             raise InputError(
                 f"lora_modules_to_save is {', '.join(sorted(saved))}. A merge takes over a LoRA and, in the tuning of an MoE, a "
