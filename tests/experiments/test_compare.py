@@ -105,7 +105,7 @@ def compare(folder: Path, base: Path, data: Path, patch: pytest.MonkeyPatch, *ar
     def in_process(command):
         command = list(map(str, command))
         start = next(place for place, part in enumerate(command) if part.endswith(".py"))
-        extra = ["--max_length", "64"] if command[start].endswith("train_expert.py") else []
+        extra = ["--max_length", "256"] if command[start].endswith("train_expert.py") else []
         extra += ["--tokens_per_role", "1500"] if command[start].endswith("fit_router.py") else []
         call(command[start], *command[start + 1 :], *extra)
 
