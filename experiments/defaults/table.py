@@ -41,7 +41,7 @@ def figures(run_dir: Path) -> dict[str, Any]:
         "routing": [
             routing["gates"][name]["summary"]["own_role_tokens"]
             for name in routing["gates"]
-            if name.startswith("fitted")
+            if name.startswith("tuned")
         ],
         "minutes": sum(note["seconds"] for note in notes) / 60,
     }
