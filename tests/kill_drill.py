@@ -35,7 +35,7 @@ def recipe(name: str) -> list[str]:
 
 # For each step: its script, its arguments besides --run_dir, and the folders it writes
 STEPS = {
-    "expert": ("recipes/train_expert.py", [*recipe("train_expert"), "--role", "macro", "--max_length", "64"], ["adapters/macro"]),
+    "expert": ("recipes/train_expert.py", [*recipe("train_expert"), "--role", "macro"], ["adapters/macro"]),
     "merge": ("scripts/merge_moe.py", [], ["experts", "moe"]),
     "router": ("scripts/fit_router.py", ["--tokens_per_role", "1500", "--seed", "1", "--overwrite"], []),
     "routing report": ("scripts/report_routing.py", [], ["reports"]),
