@@ -6,13 +6,14 @@
 
 Reads RUN_DIR/moe and RUN_DIR/data: each role's corpus, as plain text and in the chat format, with the task questions
 that the role owns. Replaces the gates in RUN_DIR/moe and nothing else; the merge's own gates stay in RUN_DIR/moe/gates.
+Writes the sums that the fit needs of each analyst to RUN_DIR/moe/router_sums: with them scripts/change_team.py can add and
+remove analysts, and needs nobody's text again.
 The method and its sources: src/finteam_experts/merging/router.py.
 
 Experts that were tuned apart have other hidden states than before: fit the router of the joined RUN_DIR/moe-instruct again.
 """
 
 import argparse
-import random
 from pathlib import Path
 
 from finteam_experts.threads import use_available_cores  # before torch
@@ -22,82 +23,20 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from finteam_experts import runs
-from finteam_experts.chats import ChatFormat
-from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, check_chat_roles, read_chats
-from finteam_experts.data.files import (
-    check_passages,
-    check_roles,
-    corpus_file,
-    read_corpus,
-    read_task,
-    task_file,
-    tasks_of,
-)
-from finteam_experts.data.tasks import prompting, render_all
+from finteam_experts.data.calibration import CHAT_SHARE, general_text, role_text
+from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, check_chat_roles
+from finteam_experts.data.files import check_roles, corpus_file, task_file, tasks_of
+from finteam_experts.data.tasks import prompting
 from finteam_experts.errors import InputError, run
-from finteam_experts.evaluation.batches import encode
 from finteam_experts.files import check_disk_room, file_hash
-from finteam_experts.fingerprints import PARTS, fingerprint
+from finteam_experts.fingerprints import PARTS, fingerprint, trunk_fingerprint
 from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.layout import expert_tensor
-from finteam_experts.merging.router import Sequences, fit
+from finteam_experts.merging.router import fit
+from finteam_experts.merging.sums import compute_sums, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
 from finteam_experts.weights import StoredTensors, weight_files
-
-PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
-CHAT_TOKENS = 192
-HELD_BACK = 6  # passages per role that choose the scale and show the progress; the regression never sees them
-HELD_BACK_TOKENS = 96
-CHAT_SHARE = 0.8  # of a role's tokens, unless --chat_share says otherwise: the rest keeps plain text with its analyst
-
-
-def role_text(
-    data: Path, role: str, form: ChatFormat, tokens: int, seed: int, chat_share: float = CHAT_SHARE
-) -> tuple[Sequences, Sequences]:
-    """`tokens` tokens of the role for the regression, or all of fewer, and its held-back passages.
-
-    `chat_share` of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
-    questions of the role's tasks with their answers and its conversations or, for a role that has neither, passages as
-    messages.
-    """
-    passages = read_corpus(data, role)
-    check_passages(data, role, passages)
-    rng = random.Random(f"{seed} {role}")
-    rng.shuffle(passages)
-    held_back, passages = passages[:HELD_BACK], passages[HELD_BACK:]
-    chats = []
-    for task in (task for task in tasks_of(data).values() if task.role == role):
-        rows = read_task(data, task, "train")
-        rows = rng.sample(rows, min(len(rows), tokens // 16))
-        asked = zip(render_all(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
-        chats += [exchange.ids for exchange in form.exchanges(list(asked))]
-    if role in chat_roles(data):
-        chats += [exchange.ids for exchange in form.exchanges(read_chats(data, role)[: tokens // 16])]
-    rng.shuffle(chats)
-    chats = chats or form.prompts(passages[: tokens // 16])
-    chats = _first_tokens([ids[:CHAT_TOKENS] for ids in chats], round(chat_share * tokens))
-    rng.shuffle(passages)
-    plain = encode(form.tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
-    text = chats + _first_tokens(plain, tokens - sum(map(len, chats)))
-    return text, encode(form.tokenizer, held_back, HELD_BACK_TOKENS)
-
-
-def general_text(data: Path, names: list[str], form: ChatFormat, tokens: int) -> Sequences:
-    """Conversations that are of no analyst, up to `tokens` tokens; none if the team has a generalist to give them to."""
-    if GENERAL not in chat_roles(data) or BASE in names:
-        return []
-    return _first_tokens([e.ids[:CHAT_TOKENS] for e in form.exchanges(read_chats(data, GENERAL))], tokens)
-
-
-def _first_tokens(sequences: Sequences, tokens: int) -> Sequences:
-    taken: Sequences = []
-    for ids in sequences:
-        if tokens < 2:  # a first token alone is not used
-            break
-        taken.append(ids[:tokens])
-        tokens -= len(taken[-1])
-    return taken
 
 
 def check_experts(moe: Path, names: list[str], experts: Path) -> None:
@@ -168,7 +107,8 @@ def main() -> None:
     form = as_chats(tokenizer, moe)
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
     tasks = {name: task for name, task in tasks_of(data).items() if task.role in names}
-    general = general_text(data, names, form, args.tokens_per_role)
+    # a generalist gets the general text, which is no analyst's otherwise
+    general = [] if BASE in names else general_text(data, form, args.tokens_per_role // 3)
     talkers = {name: file_hash(chat_file(data, name)) for name in (*names, GENERAL) if name in chat_roles(data)}
     settings = {key: getattr(args, key) for key in ("tokens_per_role", "chat_share", "ridge", "seed")}
     inputs = {
@@ -184,8 +124,11 @@ def main() -> None:
         return
 
     model = load_model(moe).to(PartialState().device)
-    to_fit, held_back = ([part[place] for part in text] for place in (0, 1))
-    gates, results = fit(model, tokenizer, to_fit, held_back, args.ridge, args.scale, general)
+    trunk = trunk_fingerprint(moe)
+    sums = [
+        compute_sums(model, tokenizer, own, general, trunk=trunk, expert=place) for place, (own, _) in enumerate(text)
+    ]
+    gates, results = fit(model, tokenizer, sums, [held_back for _, held_back in text], args.ridge, args.scale)
     del model  # room for the files below
 
     check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
@@ -193,6 +136,8 @@ def main() -> None:
     advice = f"its router was being replaced when that was interrupted. Run again: scripts/fit_router.py --model {args.model}"
     with runs.changed_in_place(moe, record, advice):
         write_gates(moe, gates)
+        for name, own in zip(names, sums, strict=True):
+            save_sums(own, sums_file(moe, name))
         if merged:  # beside those it was merged with
             save_file({"gates": gates}, moe / GATES / "fitted.safetensors")
         record["router"] |= fingerprint(moe, ("weights",))  # of the model with these gates

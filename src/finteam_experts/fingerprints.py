@@ -7,9 +7,11 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from finteam_experts.files import read_json
 from finteam_experts.models import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_FILES
-from finteam_experts.weights import weight_files
+from finteam_experts.weights import StoredTensors, weight_files
 
 PARTS = ("weights", "config", "tokenizer", "chat_template", "generation_config")
 PLAIN_TEXT_PARTS = PARTS[:3]  # all that a LoRA on plain text is trained with
@@ -28,6 +30,22 @@ def fingerprint(folder: Path, parts: Collection[str] = PARTS) -> dict[str, str]:
         "generation_config": lambda: ({GENERATION_FILE: folder / GENERATION_FILE}, ""),
     }
     return {part: _digest(*sources[part]()) for part in parts}
+
+
+def trunk_fingerprint(folder: Path) -> str:
+    """16 hex digits of all weights in bfloat16 that the experts of a team share: neither MLPs nor gates.
+
+    It is the same for a trunk, for the dense experts that branched off from it, and for the MoE that was merged from them.
+    """
+    digest = hashlib.sha256()
+    with StoredTensors(folder) as stored:
+        shared = {name for name in stored if ".mlp." not in name and ".block_sparse_moe." not in name}
+        if read_json(folder / "config.json").get("tie_word_embeddings"):
+            shared.discard("lm_head.weight")  # some writers store it a second time
+        for name in sorted(shared):
+            digest.update(name.encode())
+            digest.update(stored[name].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def is_model(folder: Path, recorded: object) -> bool:

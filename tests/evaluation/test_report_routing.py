@@ -16,7 +16,7 @@ from finteam_experts.data.files import read_corpus
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.heldout import heldout_loss
 from finteam_experts.evaluation.routing import Routing
-from finteam_experts.merging.gates import forced_experts
+from finteam_experts.merging.gates import forced_expert
 from finteam_experts.models import load_model, load_tokenizer
 
 
@@ -56,7 +56,7 @@ def test_ladder(done_run):
     losses = []
     for text in texts:  # the oracle in the MoE itself, passage by passage
         ids = torch.tensor([tokenizer(text, truncation=True, max_length=160)["input_ids"]])
-        with torch.no_grad(), forced_experts(model, torch.tensor([2])):
+        with torch.no_grad(), forced_expert(model, 2):
             logits = model(ids).logits[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     assert ladder["oracle: own expert"]["quant"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)

@@ -37,7 +37,7 @@ def test_the_experts_of_a_batch_replace_the_gates_choice_while_training(done_run
     routing = TaskRouting(model)
     routing.experts = torch.full((18,), 1)  # a batch that was filled up by two
     torch.testing.assert_close(model(tokens).logits, chosen)  # not in training: the router's own choice
-    with gates.forced_experts(forced, torch.tensor([1])):
+    with gates.forced_expert(forced, 1):
         torch.testing.assert_close(model.train()(tokens).logits, forced(tokens).logits)
 
 

@@ -68,28 +68,30 @@ def random_gates(shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def forced_experts(model: torch.nn.Module, experts: torch.Tensor) -> Iterator[None]:
-    """Within this context every row of a batch goes through one expert alone: `experts` holds its index for each row."""
+def forced_expert(model: torch.nn.Module, expert: int | None) -> Iterator[None]:
+    """Within this context every token goes through the expert at that place alone; with `None` nothing changes."""
 
     def one_expert(module, inputs, output):
-        logits, weights, _ = output
-        choice = experts.to(logits.device).repeat_interleave(len(logits) // len(experts))[:, None]
-        return logits, torch.ones_like(weights[:, :1]), choice
+        logits, weights, choice = output
+        return logits, torch.ones_like(weights[:, :1]), torch.full_like(choice[:, :1], expert)
 
     with contextlib.ExitStack() as stack:
-        for gate in gate_modules(model):
+        for gate in gate_modules(model) if expert is not None else ():
             stack.callback(gate.register_forward_hook(one_expert).remove)
         yield
 
 
 @contextlib.contextmanager
-def watched_gates(model: torch.nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within this context `see(layer, hidden states [tokens, hidden])` is called with what each gate reads."""
+def watched_mlps(model: torch.nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Within this context `see(layer, hidden states [tokens, hidden])` is called with what each layer's MLP reads.
+
+    In an MoE that is what its gate reads; in a dense expert, what the gate would read.
+    """
     with contextlib.ExitStack() as stack:
-        for layer, gate in enumerate(gate_modules(model)):
+        for layer, block in enumerate(model.model.layers):
 
             def before(module, inputs, layer=layer):
                 see(layer, inputs[0].flatten(0, -2))
 
-            stack.callback(gate.register_forward_pre_hook(before).remove)
+            stack.callback(block.mlp.register_forward_pre_hook(before).remove)
         yield

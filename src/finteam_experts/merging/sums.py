@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router sums: all that a router has to know of an analyst's text, without the text.
+
+A ridge regression (Hoerl and Kennard 1970, doi:10.1080/00401706.1970.10488634) needs of its data no more than X'X and X'Y.
+X are the hidden states that a gate reads, Y says whose text they are of. Each text goes through its own expert alone, and
+attention is the trunk's in every expert, so that an analyst's part of both can be computed from its dense expert, before there
+is a team. Parts add up: the gates of any team follow from the parts of its analysts (`solve_gates`), and an analyst that
+comes or goes needs nobody's text again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from finteam_experts.data.calibration import Sequences
+from finteam_experts.errors import InputError
+from finteam_experts.evaluation.batches import padded_batches
+from finteam_experts.merging.gates import forced_expert, watched_mlps
+from finteam_experts.weights import open_tensors
+
+FOLDER = "router_sums"  # of an MoE: one file for each analyst
+GENERAL_WEIGHT = 1 / 3  # of general text beside the analyst's own: three analysts together weigh it as one of them
+
+
+@dataclass
+class RouterSums:
+    """Of one analyst, for every layer, fp32. Analysts count alike, however many tokens they have: both are means over tokens."""
+
+    inputs: torch.Tensor  # X'X [layers, hidden, hidden]: of the analyst's own text, and of general text by `GENERAL_WEIGHT`
+    targets: torch.Tensor  # X'Y [layers, hidden]: of the analyst's own text alone
+    tokens: int  # of the analyst's own text
+    trunk: str  # `trunk_fingerprint` of the model that they were computed with
+
+
+def solve_gates(team: list[RouterSums], ridge: float) -> torch.Tensor:
+    """The gates, fp32 [layers, experts, hidden], by ridge regression of one-hot experts on gate inputs, without a bias.
+
+    `ridge` is the penalty as a share of the mean diagonal of X'X. Computed in fp64, so that the order of the analysts does not
+    matter.
+    """
+    gates = []
+    for layer in range(len(team[0].inputs)):  # one by one: a batched solve fails on some CPUs
+        xx = sum(own.inputs[layer].double() for own in team)
+        xy = torch.stack([own.targets[layer].double() for own in team], dim=1)
+        penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        gates.append(torch.cholesky_solve(xy, torch.linalg.cholesky(xx + penalty)).T.float())
+    return torch.stack(gates)
+
+
+def compute_sums(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    own: Sequences,
+    general: Sequences = (),
+    *,
+    trunk: str,
+    expert: int | None = None,
+) -> RouterSums:
+    """The sums of an analyst's `own` text, and of `general` text that no analyst is to get for itself.
+
+    `model` is the analyst's dense expert, or an MoE whose `expert` has that place. First tokens are left out: they are attention
+    sinks, with norms a hundred times the others'. Raises `InputError` if a hidden state is not finite.
+    """
+    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    counts = [sum(len(ids) - 1 for ids in part) for part in (own, general)]
+    weights = [1 / counts[0], GENERAL_WEIGHT / max(1, counts[1])]
+    inputs, targets = (torch.zeros(layers, *shape, device=model.device) for shape in ((hidden, hidden), (hidden,)))
+    for part, weight in zip((own, general), weights, strict=True):
+
+        def add(layer: int, x: torch.Tensor, part=part, weight=weight) -> None:
+            if not x.isfinite().all():
+                raise InputError(
+                    f"the hidden states that the gate of layer {layer} reads are not finite. An expert or the base has NaN "
+                    "or overflows in its dtype: look at the adapters' training log, or load it in bfloat16 or float32."
+                )
+            inputs[layer].addmm_(x.T, x, alpha=weight)
+            if part is own:
+                targets[layer].add_(x.sum(0), alpha=weight)
+
+        gate_inputs(model, tokenizer, part, add, expert=expert, title="router sums")
+    inputs = inputs.triu() + inputs.triu(1).mT  # rounding may differ above and below the diagonal, and a file has one of them
+    return RouterSums(inputs.cpu(), targets.cpu(), counts[0], trunk)
+
+
+@torch.no_grad()
+def gate_inputs(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequences,
+    see: Callable[[int, torch.Tensor], None],
+    *,
+    expert: int | None,
+    title: str,
+) -> None:
+    """Call `see(layer, hidden states)` with what each gate reads of all tokens but the first: fp32 [tokens, hidden].
+
+    `model` is dense, or an MoE in which every token goes through `expert` alone.
+    """
+    for _, batch in padded_batches(sequences, tokenizer, title=title):
+        batch = batch.to(model.device)
+        kept = batch["attention_mask"].bool()
+        kept[:, 0] = False
+        kept = kept.flatten()
+        with forced_expert(model, expert), watched_mlps(model, lambda layer, x, kept=kept: see(layer, x[kept].float())):
+            model.model(**batch)
+
+
+def sums_file(moe: Path, role: str) -> Path:
+    return moe / FOLDER / f"{role}.safetensors"
+
+
+def save_sums(sums: RouterSums, path: Path) -> None:
+    """Write the sums as safetensors; of X'X, which is symmetric, the upper triangle."""
+    rows, columns = torch.triu_indices(*sums.inputs.shape[1:])
+    tensors = {"inputs": sums.inputs[:, rows, columns].contiguous(), "targets": sums.targets}
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"tokens": str(sums.tokens), "trunk": sums.trunk})
+    partial.replace(path)
+
+
+def load_sums(path: Path) -> RouterSums:
+    """Read what `save_sums` wrote; `InputError` if the file is something else, or has figures that are not finite."""
+    with open_tensors(path) as stored:
+        about, names = stored.metadata() or {}, set(stored.keys())
+        if names != {"inputs", "targets"} or not {"tokens", "trunk"} <= about.keys():
+            raise InputError(f"{path} has no router sums. scripts/router_sums.py writes them.")
+        triangles, targets = stored.get_tensor("inputs"), stored.get_tensor("targets")
+    layers, hidden = targets.shape
+    if list(triangles.shape) != [layers, hidden * (hidden + 1) // 2]:
+        found = f"inputs {list(triangles.shape)} and targets {list(targets.shape)} do not belong together"
+        raise InputError(f"{path}: {found}. Compute the sums again: scripts/router_sums.py")
+    if not triangles.isfinite().all() or not targets.isfinite().all():
+        raise InputError(f"{path} has sums that are not finite. Compute them again: scripts/router_sums.py")
+    rows, columns = torch.triu_indices(hidden, hidden)
+    inputs = torch.empty(layers, hidden, hidden)
+    inputs[:, rows, columns] = inputs[:, columns, rows] = triangles
+    return RouterSums(inputs, targets, int(about["tokens"]), about["trunk"])

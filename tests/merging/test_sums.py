@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router sums: they are those of a ridge regression, an analyst's own model suffices for them, and bad files are refused."""
+
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import Ridge
+
+from conftest import ROLES, call, form_of
+from finteam_experts.data.calibration import general_text, role_text
+from finteam_experts.errors import InputError
+from finteam_experts.fingerprints import trunk_fingerprint
+from finteam_experts.merging.sums import GENERAL_WEIGHT, RouterSums, compute_sums, load_sums, save_sums, solve_gates
+from finteam_experts.models import load_model
+
+
+def sums_of(x: torch.Tensor, general: torch.Tensor | None = None) -> RouterSums:
+    """Of one layer, from gate inputs [tokens, hidden]."""
+    inputs = x.T @ x / len(x)
+    if general is not None:
+        inputs = inputs + GENERAL_WEIGHT * general.T @ general / len(general)
+    return RouterSums(inputs[None], x.mean(0)[None], len(x), "trunk")
+
+
+def test_gates_are_ridge_regression_with_analysts_that_count_alike():
+    x = [torch.randn(tokens, 12, dtype=torch.double) + place for place, tokens in enumerate((400, 150, 80))]
+    general = torch.randn(60, 12, dtype=torch.double)
+    gates = solve_gates([sums_of(own, general) for own in x], 0.1)[0]
+    rows = torch.cat([*x, general])
+    weights = torch.cat([torch.full((len(own),), 1 / len(own)) for own in x] + [torch.full((60,), 3 * GENERAL_WEIGHT / 60)])
+    expert = torch.tensor([place for place, own in enumerate(x) for _ in own] + [3] * 60)
+    alpha = 0.1 * (rows * weights[:, None] * rows).sum(0).mean().item()
+    ridge = Ridge(alpha=alpha, fit_intercept=False).fit(rows, torch.eye(4)[expert][:, :3], sample_weight=weights)
+    assert torch.allclose(gates, torch.tensor(ridge.coef_).float(), atol=1e-5)
+
+
+def test_a_team_in_any_order_has_the_same_gates_to_nine_digits():
+    team = [sums_of(torch.randn(90, 12) + place) for place in range(4)]
+    gates = solve_gates(team, 0.01)
+    for order in permutations(range(4)):
+        found = solve_gates([team[place] for place in order], 0.01)
+        assert (found - gates[:, list(order)]).abs().max() <= 1e-9 * gates.abs().max()
+
+
+def test_the_dense_expert_has_the_sums_of_its_place_in_the_team(done_run):
+    moe, form = done_run / "moe", form_of(done_run / "moe")
+    general = general_text(done_run / "data", form, 300) or role_text(done_run / "data", "micro", form, 300, seed=1)[0]
+    for place, role in enumerate(ROLES):
+        own, _ = role_text(done_run / "data", role, form, 600, seed=0)
+        expert = done_run / "experts" / role
+        assert trunk_fingerprint(expert) == trunk_fingerprint(moe) == trunk_fingerprint(done_run / "base")
+        alone = compute_sums(load_model(expert), form.tokenizer, own, general, trunk="")
+        inside = compute_sums(load_model(moe), form.tokenizer, own, general, trunk="", expert=place)
+        assert alone.tokens == inside.tokens == sum(len(ids) - 1 for ids in own)
+        torch.testing.assert_close(alone.inputs, inside.inputs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.targets, inside.targets, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_is_that_of_the_sums_that_are_saved_with_it(copied_run):
+    call("scripts/fit_router.py", "--run_dir", copied_run, "--tokens_per_role", "1500", "--overwrite", "--ridge", "0.02")
+    team = [load_sums(copied_run / f"moe/router_sums/{role}.safetensors") for role in ROLES]
+    gates = load_file(copied_run / "moe/gates/fitted.safetensors")["gates"]
+    assert torch.equal(8.0 * solve_gates(team, 0.02), gates)
+
+
+def test_sums_are_what_was_saved(tmp_path):
+    own = sums_of(torch.randn(90, 12))
+    save_sums(own, tmp_path / "own.safetensors")
+    found = load_sums(tmp_path / "own.safetensors")
+    assert torch.equal(found.inputs, (own.inputs.triu() + own.inputs.triu(1).mT))
+    assert torch.equal(found.targets, own.targets)
+    assert (found.tokens, found.trunk) == (90, "trunk")
+    assert load_file(tmp_path / "own.safetensors")["inputs"].shape == (1, 78)  # half of 12 x 12
+
+
+def test_sums_that_are_none_are_refused(tmp_path):
+    path, own = tmp_path / "own.safetensors", sums_of(torch.randn(90, 12))
+    save_file({"inputs": torch.ones(1, 78)}, path)
+    with pytest.raises(InputError, match="has no router sums"):
+        load_sums(path)
+    save_sums(replace(own, targets=torch.ones(2, 12)), path)
+    with pytest.raises(InputError, match=r"inputs \[1, 78\] and targets \[2, 12\] do not belong together"):
+        load_sums(path)
+    save_sums(replace(own, inputs=own.inputs * float("nan")), path)
+    with pytest.raises(InputError, match="sums that are not finite"):
+        load_sums(path)
+    path.write_bytes(b"cut")
+    with pytest.raises(InputError, match="can't be read"):
+        load_sums(path)
+
+
+def test_hidden_states_that_are_not_finite_are_refused(done_run):
+    model, form = load_model(done_run / "experts/macro"), form_of(done_run / "moe")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0] = float("nan")
+    with pytest.raises(InputError, match="gate of layer 1 reads are not finite"):
+        compute_sums(model, form.tokenizer, [[1, 2, 3]], trunk="")
