@@ -137,15 +137,16 @@ _BAD_NEWS = (
 def _stock_movement(rng: random.Random) -> Row:
     """Two daily returns of a fictional share, the evening's news, and the next day's move as the label.
 
-    The share follows its news: the next return is 0.22 times the surprise in percent plus noise of 1 percent.
+    The share follows its news: the next return is 0.35 times the surprise in percent plus noise of 1 percent, so that one
+    label in ten can't be known.
     """
     surprise = rng.choice((-1, 1)) * rng.randint(1, 9)
-    next_return = 0.22 * surprise + rng.gauss(0, 1)
+    next_return = 0.35 * surprise + rng.gauss(0, 1)
     news = pick(rng, _GOOD_NEWS if surprise > 0 else _BAD_NEWS).format(x=abs(surprise))
     days = " and ".join(f"{rng.gauss(0, 1.2):+.1f}%" for _ in range(2))
     text = f"{make_company(rng).name}, {days} in two days. News: {news}."
     as_said = (next_return > 0) == (surprise > 0)
-    reason = f"the news is {'good' if surprise > 0 else 'bad'}, {news}, though a single day is mostly noise"
+    reason = f"the news is {'good' if surprise > 0 else 'bad'}, {news}, though a single day may differ"
     return {"text": text, "label": "Rise" if next_return > 0 else "Fall", "reason": reason if as_said else ""}
 
 
