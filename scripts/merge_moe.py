@@ -17,7 +17,7 @@ from finteam_experts.data.tasks import SYSTEM_PROMPT
 from finteam_experts.errors import InputError, run
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint
-from finteam_experts.merging.adapters import check_adapter, merge_adapter
+from finteam_experts.merging.adapters import check_adapter, dense_expert
 from finteam_experts.merging.assemble import assemble, check_moe
 from finteam_experts.merging.config import in_run, read_merge_config, roles, trained_roles
 from finteam_experts.merging.gates import GATES, read_gates
@@ -26,22 +26,6 @@ from finteam_experts.roles import team_card
 from finteam_experts.weights import size_of
 
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
-
-
-def merge_experts(
-    base: Path, known_base: dict[str, str], run_dir: Path, names: list[str], overwrite: bool
-) -> dict[str, str]:
-    """Write RUN_DIR/experts/ROLE for every role; return the hash of each adapter."""
-    hashes = {}
-    for role in names:
-        adapter, target = run_dir / "adapters" / role, run_dir / "experts" / role
-        hashes[role] = file_hash(adapter / ADAPTER_FILE)
-        work = runs.begin(target, "merge_expert", {"base": known_base, "adapter": hashes[role]}, overwrite=overwrite)
-        if work:
-            difference = merge_adapter(base, adapter, work)
-            runs.finish(target, {"results": {"merge_difference": difference}})
-            print(f"{target}: adapter merged, its layers' outputs agree to {difference:.0e}")
-    return hashes
 
 
 def main() -> None:
@@ -69,7 +53,11 @@ def main() -> None:
         missing = [name for name in trained if not (args.run_dir / "experts" / name).exists()]
         check_disk_room(args.run_dir, size_of(base) * (len(missing) + len(names)))
 
-    adapters = merge_experts(base, known_base, args.run_dir, trained, args.overwrite)
+    adapters = {}
+    for role in trained:
+        adapter = args.run_dir / "adapters" / role
+        dense_expert(base, known_base, adapter, args.run_dir / "experts" / role, overwrite=args.overwrite)
+        adapters[role] = file_hash(adapter / ADAPTER_FILE)
     target = args.run_dir / "moe"
     inputs = {
         "base": known_base,

@@ -30,7 +30,9 @@ def test_gates_are_ridge_regression_with_analysts_that_count_alike():
     general = torch.randn(60, 12, dtype=torch.double)
     gates = solve_gates([sums_of(own, general) for own in x], 0.1)[0]
     rows = torch.cat([*x, general])
-    weights = torch.cat([torch.full((len(own),), 1 / len(own)) for own in x] + [torch.full((60,), 3 * GENERAL_WEIGHT / 60)])
+    weights = torch.cat(
+        [torch.full((len(own),), 1 / len(own)) for own in x] + [torch.full((60,), 3 * GENERAL_WEIGHT / 60)]
+    )
     expert = torch.tensor([place for place, own in enumerate(x) for _ in own] + [3] * 60)
     alpha = 0.1 * (rows * weights[:, None] * rows).sum(0).mean().item()
     ridge = Ridge(alpha=alpha, fit_intercept=False).fit(rows, torch.eye(4)[expert][:, :3], sample_weight=weights)
@@ -60,7 +62,9 @@ def test_the_dense_expert_has_the_sums_of_its_place_in_the_team(done_run):
 
 
 def test_a_router_is_that_of_the_sums_that_are_saved_with_it(copied_run):
-    call("scripts/fit_router.py", "--run_dir", copied_run, "--tokens_per_role", "1500", "--overwrite", "--ridge", "0.02")
+    call(
+        "scripts/fit_router.py", "--run_dir", copied_run, "--tokens_per_role", "1500", "--overwrite", "--ridge", "0.02"
+    )
     team = [load_sums(copied_run / f"moe/router_sums/{role}.safetensors") for role in ROLES]
     gates = load_file(copied_run / "moe/gates/fitted.safetensors")["gates"]
     assert torch.equal(8.0 * solve_gates(team, 0.02), gates)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, NotFiniteError
-from finteam_experts.files import read_json
+from finteam_experts.files import file_hash, read_json
 from finteam_experts.merging.layout import finish_folder, on_disk
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, check_loading, read_config, stored_dtype
 from finteam_experts.training.experts import adapts_linear_experts, split_experts
@@ -70,6 +70,17 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
         writer.finalize()
     finish_folder(config, model_folder, target)
     return difference
+
+
+def dense_expert(
+    base: Path, known_base: dict[str, str], adapter: Path, target: Path, *, overwrite: bool = False
+) -> None:
+    """Make the folder `target` of the base, whose fingerprint is `known_base`, with the adapter merged into it."""
+    inputs = {"base": known_base, "adapter": file_hash(adapter / ADAPTER_FILE)}
+    if work := runs.begin(target, "merge_expert", inputs, overwrite=overwrite):
+        difference = merge_adapter(base, adapter, work)
+        runs.finish(target, {"results": {"merge_difference": difference}})
+        print(f"{target}: adapter merged, its layers' outputs agree to {difference:.0e}")
 
 
 def check_finite(folder: Path, adapter: StoredTensors) -> None:

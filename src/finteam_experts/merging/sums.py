@@ -23,6 +23,8 @@ from finteam_experts.merging.gates import forced_expert, watched_mlps
 from finteam_experts.weights import open_tensors
 
 FOLDER = "router_sums"  # of an MoE: one file for each analyst
+SUMS = "router_sums.safetensors"  # of a dense expert
+TOKENS_PER_ROLE = 6000
 GENERAL_WEIGHT = 1 / 3  # of general text beside the analyst's own: three analysts together weigh it as one of them
 
 
@@ -30,7 +32,9 @@ GENERAL_WEIGHT = 1 / 3  # of general text beside the analyst's own: three analys
 class RouterSums:
     """Of one analyst, for every layer, fp32. Analysts count alike, however many tokens they have: both are means over tokens."""
 
-    inputs: torch.Tensor  # X'X [layers, hidden, hidden]: of the analyst's own text, and of general text by `GENERAL_WEIGHT`
+    inputs: (
+        torch.Tensor
+    )  # X'X [layers, hidden, hidden]: of the analyst's own text, and of general text by `GENERAL_WEIGHT`
     targets: torch.Tensor  # X'Y [layers, hidden]: of the analyst's own text alone
     tokens: int  # of the analyst's own text
     trunk: str  # `trunk_fingerprint` of the model that they were computed with
@@ -70,6 +74,8 @@ def compute_sums(
     weights = [1 / counts[0], GENERAL_WEIGHT / max(1, counts[1])]
     inputs, targets = (torch.zeros(layers, *shape, device=model.device) for shape in ((hidden, hidden), (hidden,)))
     for part, weight in zip((own, general), weights, strict=True):
+        if not part:
+            continue
 
         def add(layer: int, x: torch.Tensor, part=part, weight=weight) -> None:
             if not x.isfinite().all():
@@ -82,7 +88,9 @@ def compute_sums(
                 targets[layer].add_(x.sum(0), alpha=weight)
 
         gate_inputs(model, tokenizer, part, add, expert=expert, title="router sums")
-    inputs = inputs.triu() + inputs.triu(1).mT  # rounding may differ above and below the diagonal, and a file has one of them
+    inputs = (
+        inputs.triu() + inputs.triu(1).mT
+    )  # rounding may differ above and below the diagonal, and a file has one of them
     return RouterSums(inputs.cpu(), targets.cpu(), counts[0], trunk)
 
 
@@ -105,7 +113,10 @@ def gate_inputs(
         kept = batch["attention_mask"].bool()
         kept[:, 0] = False
         kept = kept.flatten()
-        with forced_expert(model, expert), watched_mlps(model, lambda layer, x, kept=kept: see(layer, x[kept].float())):
+        with (
+            forced_expert(model, expert),
+            watched_mlps(model, lambda layer, x, kept=kept: see(layer, x[kept].float())),
+        ):
             model.model(**batch)
 
 

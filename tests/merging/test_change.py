@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A team that changes: who stays keeps every bit, the router is that of the sums, and what does not fit is refused."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ROLES, call, train_expert
+from finteam_experts import runs
+from finteam_experts.errors import InputError
+from finteam_experts.merging.gates import read_gates
+from finteam_experts.merging.layout import expert_tensor, gate_tensor
+from finteam_experts.merging.sums import load_sums, save_sums, solve_gates
+from finteam_experts.models import MLP_MODULES, load_model
+
+
+def change(run, kind, role, *arguments):
+    call("scripts/change_team.py", kind, role, "--run_dir", run, "--base", run / "base", *arguments)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def four(done_run, tmp_path_factory):
+    """A copy of the toy run, in which a credit analyst was trained by itself and has joined."""
+    run = tmp_path_factory.mktemp("four") / "run"
+    shutil.copytree(done_run, run, symlinks=True)
+    merge = run / "four.yaml"
+    shutil.copyfile("moe_merge.yaml", merge)
+    merge.write_text(
+        merge.read_text() + '  - source_model: experts/credit\n    positive_prompts: ["A borrower repays."]\n'
+    )
+    train_expert(run, "credit", "--merge_config", merge)
+    call(
+        "scripts/router_sums.py",
+        "--run_dir",
+        run,
+        "--base",
+        run / "base",
+        "--role",
+        "credit",
+        "--tokens_per_role",
+        "1500",
+    )
+    change(run, "add", "credit", "--limit", "4")
+    return run
+
+
+@pytest.fixture
+def changing(four, tmp_path):
+    """A copy of it to change."""
+    shutil.copytree(four, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def test_who_was_there_stays_bit_for_bit(four):
+    before, after, joined = weights(four / "moe"), weights(four / "moe-add-credit"), weights(four / "experts/credit")
+    added = {expert_tensor(layer, 3, matrix) for layer in range(2) for matrix in MLP_MODULES}
+    assert after.keys() - before.keys() == added
+    for name in before.keys() - {gate_tensor(layer) for layer in range(2)}:
+        assert torch.equal(before[name], after[name])
+    for layer in range(2):
+        for matrix in MLP_MODULES:
+            assert torch.equal(
+                after[expert_tensor(layer, 3, matrix)], joined[f"model.layers.{layer}.mlp.{matrix}.weight"]
+            )
+    assert load_model(four / "moe-add-credit").config.num_local_experts == 4
+    record = runs.read_record(four / "moe-add-credit")
+    assert [member["name"] for member in record["team"]] == [*ROLES, "credit"]
+    assert set(record["results"]["scores"]["after"]) == {"fiqasa", "fpb", "headlines", "stock_movement"}
+
+
+def test_the_router_is_that_of_everyones_sums(four):
+    team = [load_sums(four / f"moe-add-credit/router_sums/{name}.safetensors") for name in (*ROLES, "credit")]
+    assert torch.allclose(read_gates(four / "moe-add-credit"), 8 * solve_gates(team, 0.01), rtol=1e-5)
+
+
+def test_who_leaves_leaves_nothing(changing):
+    change(changing, "remove", "credit", "--model", "moe-add-credit", "--output", "again", "--limit", "0")
+    before, after = weights(changing / "moe"), weights(changing / "again")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.allclose(tensor, after[name], rtol=1e-5)
+        assert torch.equal(tensor, after[name]) or name.endswith("gate.weight")
+    change(changing, "remove", "micro", "--limit", "0")
+    assert [member["name"] for member in runs.read_record(changing / "moe-remove-micro")["team"]] == ["macro", "quant"]
+    quant = weights(changing / "moe-remove-micro")[expert_tensor(0, 1, "up_proj")]
+    assert torch.equal(quant, before[expert_tensor(0, 2, "up_proj")])
+    with pytest.raises(InputError, match="without quant it would be one dense model"):
+        change(changing, "remove", "quant", "--model", "moe-remove-micro")
+
+
+def test_a_replaced_analyst_keeps_its_place(changing):
+    change(changing, "replace", "macro", "--expert", changing / "experts/credit", "--output", "moe", "--limit", "0")
+    assert [member["name"] for member in runs.read_record(changing / "moe")["team"]] == list(ROLES)
+    own = weights(changing / "moe")[expert_tensor(1, 0, "down_proj")]
+    assert torch.equal(own, weights(changing / "experts/credit")["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_what_does_not_fit_is_refused(changing, tmp_path):
+    expert, sums = changing / "experts/credit", changing / "experts/credit/router_sums.safetensors"
+    with pytest.raises(InputError, match="has an analyst 'macro'. Replace that one"):
+        change(changing, "add", "macro", "--expert", expert)
+    with pytest.raises(InputError, match=r"no analyst 'marco', only macro, micro, quant. Did you mean 'macro'"):
+        change(changing, "remove", "marco")
+    with pytest.raises(InputError, match="--expert is for an analyst that joins"):
+        change(changing, "remove", "macro", "--expert", expert)
+    with pytest.raises(InputError, match="could not be fetched from the Hub. If it is private"):
+        change(changing, "add", "other", "--expert", "nobody/private-expert")
+    other, loaded = tmp_path / "other.safetensors", load_sums(sums)
+    save_sums(replace(loaded, trunk="0" * 16), other)
+    with pytest.raises(InputError, match="was computed with a model of another trunk"):
+        change(changing, "add", "other", "--expert", expert, "--sums", other)
+    save_sums(replace(loaded, inputs=loaded.inputs[:1], targets=loaded.targets[:1]), other)
+    with pytest.raises(InputError, match="has sums of 1 layers of 32, and the team has 2 layers of 32"):
+        change(changing, "add", "other", "--expert", expert, "--sums", other)
+    with pytest.raises(InputError, match="a router needs the sums of who joins"):
+        change(changing, "add", "other", "--expert", expert, "--sums", tmp_path / "none")
+    tensors = weights(expert)
+    tensors["model.layers.0.self_attn.q_proj.weight"] += 1
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="has other attention, norms or embeddings than the trunk"):
+        change(changing, "add", "other", "--expert", expert)
+    assert not (changing / "moe-add-other").exists()
