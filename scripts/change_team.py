@@ -34,13 +34,12 @@ from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
 from finteam_experts.merging.adapters import check_adapter, dense_expert
 from finteam_experts.merging.change import KINDS, changed_team, check_expert, check_sums, write_changed
 from finteam_experts.merging.gates import read_gates
-from finteam_experts.merging.sums import SUMS, RouterSums, load_sums, save_sums, solve_gates, sums_file
+from finteam_experts.merging.sums import RIDGE, SUMS, RouterSums, load_sums, save_sums, solve_gates, sums_file
 from finteam_experts.models import ADAPTER_FILE, local_folder
 from finteam_experts.roles import team_card
 from finteam_experts.weights import size_of
 
 ALIKE = 0.999  # cosine of the team's gates and those of its sums, above which they are the same
-RIDGE = 0.01
 
 
 def find_expert(args: argparse.Namespace) -> Path:

@@ -34,7 +34,7 @@ from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.layout import expert_tensor
 from finteam_experts.merging.router import fit
-from finteam_experts.merging.sums import TOKENS_PER_ROLE, compute_sums, save_sums, sums_file
+from finteam_experts.merging.sums import RIDGE, TOKENS_PER_ROLE, compute_sums, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
 from finteam_experts.weights import StoredTensors, weight_files
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--tokens_per_role", type=int, default=TOKENS_PER_ROLE, help="calibration tokens of each role")
     parser.add_argument("--chat_share", type=float, default=CHAT_SHARE,
                         help="share of them in the chat format: more for a team that answers tasks")  # fmt: skip
-    parser.add_argument("--ridge", type=float, default=0.01, help="penalty, as a share of the mean diagonal of X'X")
+    parser.add_argument("--ridge", type=float, default=RIDGE, help="penalty, as a share of the mean diagonal of X'X")
     parser.add_argument(
         "--scale", type=float, help="how sharply the gates mix (default: by the held-back text's loss)"
     )

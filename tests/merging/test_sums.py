@@ -13,6 +13,7 @@ from conftest import ROLES, call, form_of
 from finteam_experts.data.calibration import general_text, role_text
 from finteam_experts.errors import InputError
 from finteam_experts.fingerprints import trunk_fingerprint
+from finteam_experts.merging.gates import read_gates
 from finteam_experts.merging.sums import GENERAL_WEIGHT, RouterSums, compute_sums, load_sums, save_sums, solve_gates
 from finteam_experts.models import load_model
 
@@ -102,3 +103,17 @@ def test_hidden_states_that_are_not_finite_are_refused(done_run):
         model.model.layers[1].self_attn.o_proj.weight[0] = float("nan")
     with pytest.raises(InputError, match="gate of layer 1 reads are not finite"):
         compute_sums(model, form.tokenizer, [[1, 2, 3]], trunk="")
+
+
+def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run):
+    run, where = copied_run, ("--run_dir", copied_run, "--base", copied_run / "base")
+    with pytest.raises(InputError, match="--from_sums: no router sums of macro"):
+        call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
+    for role in ROLES:
+        call("scripts/router_sums.py", *where, "--role", role, "--tokens_per_role", "1500")
+    data = (run / "data").rename(run / "gone")
+    call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
+    team = [load_sums(run / f"experts/{role}/router_sums.safetensors") for role in ROLES]
+    assert torch.equal(8 * solve_gates(team, 0.01), read_gates(run / "moe"))
+    assert load_sums(run / "moe/router_sums/quant.safetensors").tokens == team[2].tokens
+    data.rename(run / "data")

@@ -29,12 +29,22 @@ Rows = dict[str, list[Row]]  # by task
 
 
 def evaluate_model(
-    folder: Path, tasks: Tasks, rows: Rows, chats: dict[str, list[Conversation]], work: Path, *, bf16: bool
+    folder: Path,
+    tasks: Tasks,
+    rows: Rows,
+    chats: dict[str, list[Conversation]],
+    work: Path,
+    *,
+    bf16: bool,
+    model: torch.nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Score one model on the `rows` of each task and the held-out `chats` of each role; returns its part of the report."""
+    """Score one model on the `rows` of each task and the held-out `chats` of each role; returns its part of the report.
+
+    It is the one in `folder`, or `model` with what else that folder has: tokenizer, template, record.
+    """
     start = time.monotonic()
     form = as_chats(load_tokenizer(folder), folder)
-    model = load_model(folder).to(PartialState().device)
+    model = (model or load_model(folder)).to(PartialState().device)
     if is_moe(model.config) and model.device.type == "cpu":
         split_experts(model)  # twice as fast there; a GPU has kernels for fused experts
     prompts = {name: render_all(task, rows[name], form.tokenizer) for name, task in tasks.items()}
