@@ -128,7 +128,7 @@ def score(initial: InitialModels, split: str, start: Path, folder: Path, model: 
     comparison = initial.comparison
     limit = comparison.limit if split == "test" else comparison.validation_limit
     options = ["--limit", limit] if limit else []
-    options += ["--bf16"] if comparison.overrides.get("bf16") else []
+    options += ["--bf16" if comparison.overrides.get("bf16") else "--no-bf16"]
     where = ("--run_dir", folder, "--data_dir", initial.data, "--base", start)
     step("scripts/evaluate.py", *where, "--models", model.name, "--split", split, "--name", split, *options)
     report = read_json(folder / "reports" / f"{split}.json")

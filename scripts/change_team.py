@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from finteam_experts.threads import use_available_cores  # before torch
+from finteam_experts.threads import has_bf16_units, use_available_cores  # before torch
 
 import torch
 from huggingface_hub import snapshot_download
@@ -119,7 +119,7 @@ def score_both(moe: Path, changed: Path, data: Path, tasks: Tasks, limit: int) -
     with tempfile.TemporaryDirectory() as work:
         for when, folder in (("before", moe), ("after", changed)):
             print(f"Scoring the team {when} the change")
-            scores[when] = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=False)
+            scores[when] = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=has_bf16_units())
     table = Table("task", "its analyst", "main score", title="What changed")
     for column in ("before", "after", "difference", "gate share of its analyst before", "after"):
         table.add_column(column, justify="right")

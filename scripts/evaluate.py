@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from finteam_experts.threads import use_available_cores  # before torch
+from finteam_experts.threads import has_bf16_units, use_available_cores  # before torch
 
 import matplotlib.pyplot as plt
 from rich.console import Console
@@ -140,7 +140,8 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=16, help="held-out conversations to answer per role; 0: none")
     parser.add_argument("--lm_eval_tasks", nargs="+", default=[], help="other tasks that lm-eval knows")
     parser.add_argument("--lm_eval_path", type=Path, help="folder with task files of those")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for a CPU or GPU with units for it")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16_units(),
+                        help="score labels in bfloat16 (default: where this CPU has units for it)")  # fmt: skip
     parser.add_argument("--name", default="evaluation", help="writes RUN_DIR/reports/NAME.json and NAME.png")
     args = parser.parse_args()
     if args.limit is not None and args.limit < 2:

@@ -10,7 +10,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-run_dir=outputs/quickstart data_dir='' base='' merge_config=$here/moe_merge.yaml limit=60 settings=()
+run_dir=outputs/quickstart data_dir='' base='' merge_config=$here/moe_merge.yaml limit=60 settings=() scoring=()
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
   case "$1" in
@@ -19,7 +19,8 @@ while [ $# -gt 0 ]; do
     --base) base=$2 ;;
     --merge_config) merge_config=$2 ;;
     --limit) limit=$2 ;;
-    --max_steps | --seed | --bf16) settings+=("$1" "$2") ;;  # of every training
+    --max_steps | --seed) settings+=("$1" "$2") ;;  # of every training
+    --bf16) settings+=("$1" "$2"); [ "$2" = true ] && scoring=(--bf16) || scoring=(--no-bf16) ;;
     *) echo "error: unknown option '$1'; known: --run_dir --data_dir --base --merge_config --limit --max_steps --seed --bf16" >&2; exit 2 ;;
   esac
   shift 2
@@ -55,11 +56,12 @@ run "router" fit_router "${data[@]}"
 
 # Step 3: tune the whole team for a few steps, and the trunk for as many steps as experts and team had, for comparison
 launch "tune: team" instruct_tune instruct_tune_moe "${training[@]}"
-run "routing report" report_routing "${data[@]}" "${trunk[@]}" --tuned --passages 8 --max_tokens 96
+run "routing report" report_routing "${data[@]}" "${trunk[@]}" --tuned --passages 6 --max_tokens 96
 launch "tune: dense baseline" instruct_tune instruct_tune_dense "${trunk[@]}" "${training[@]}"
 
 # Step 4: evaluate all of them, and show what came out
-run "evaluation" evaluate "${data[@]}" "${base[@]}" --models base dense-instruct moe-instruct --limit "$limit"
+run "evaluation" evaluate "${data[@]}" "${base[@]}" --models base dense-instruct moe-instruct --limit "$limit" --chats 12 \
+  ${scoring[@]+"${scoring[@]}"}
 python "$here/scripts/summarize.py" --run_dir "$run_dir"
 cat <<END
 

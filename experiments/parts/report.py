@@ -14,12 +14,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from models import Parts
 
 from finteam_experts.data.files import rows_to_score, tasks_of
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.metrics import difference_on_rows
 from finteam_experts.files import read_json, read_yaml
+from parts import Parts
 
 TITLES = {
     "joint": "one model, tuned again on everything",

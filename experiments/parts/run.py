@@ -18,7 +18,6 @@ from finteam_experts.threads import use_available_cores
 
 import numpy as np
 import torch
-from models import Order, Parts
 from peft import ArrowConfig, create_arrow_model
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
@@ -33,6 +32,7 @@ from finteam_experts.evaluation.tasks import evaluate_model, true_labels
 from finteam_experts.files import read_json, read_yaml, write_json
 from finteam_experts.merging.gates import get_gates, random_gates, set_gates
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
+from parts import Order, Parts
 
 Made = tuple[Path, torch.nn.Module | None]  # a folder, and the model if it is another than the folder's
 

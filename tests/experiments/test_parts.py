@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields that arrive one after another: which ways there are, what they see again, and the table of their scores."""
+
+import random
+
+import pytest
+import yaml
+
+from conftest import REPOSITORY, call, load_script
+from finteam_experts.data.tasks import default_tasks
+from finteam_experts.files import read_yaml, write_json
+
+FIELDS = {"macro": ["headlines"], "micro": ["fpb", "fiqasa"], "quant": ["stock_movement"]}
+TASKS = default_tasks()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A toy experiment of three fields."""
+    known = read_yaml(REPOSITORY / "experiments/parts/parts.yaml")
+    known |= {
+        "fields": FIELDS,
+        "orders": {"o": list(FIELDS)},
+        "rows": 16,
+        "limit": 8,
+        "run_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "parts.yaml"
+    path.write_text(yaml.safe_dump(known))
+    return path
+
+
+@pytest.fixture
+def order(config, toy_data, toy_base):
+    parts = load_script("experiments/parts/parts.py")
+    return parts.Order(parts.Parts.model_validate(read_yaml(config)), "o", 0, toy_data, toy_base)
+
+
+def test_every_way_and_the_rows_it_is_trained_on(order):
+    rows = {(way, n): rows for way, n, rows, _ in load_script("experiments/parts/run.py").ways(order)}
+    assert rows["joint", 3] == 48  # everything again
+    assert rows["in-turn", 3] == rows["team", 3] == 16
+    assert rows["replay-0.1", 3] == pytest.approx(16 * 1.2)
+    assert {way for way, n in rows if way.startswith("without")} == {f"without-{field}" for field in FIELDS}
+
+
+def test_every_task_of_a_field_has_an_equal_part_of_its_rows(order):
+    counts = {path.name: len(path.read_text().splitlines()) for path in (order.data / "tasks").glob("*_train.jsonl")}
+    assert counts == {f"{task}_train.jsonl": 16 // len(own) for own in FIELDS.values() for task in own}
+
+
+def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp_path, capsys):
+    rng, results = random.Random(0), tmp_path / "results/o-seed0"
+    results.mkdir(parents=True)
+    scores = {"base": 0.1, "joint": 0.7, "in-turn": 0.3, "team": 0.6, "arrow": 0.4}
+    parts = [(way, n) for way in ("joint", "in-turn", "team") for n in (1, 2, 3) if (way, n) not in {("team", 1)}]
+    for way, n in [("base", 0), ("arrow", 3), *parts, *((f"expert-{field}", 1) for field in FIELDS)]:
+        digits = {name: "".join(str(rng.randrange(len(TASKS[name].labels))) for _ in range(8)) for name in TASKS}
+        about = {"way": way, "arrivals": n, "rows": 16}
+        write_json(
+            results / f"{way}-{n}.json",
+            about | {"scores": dict.fromkeys(TASKS, scores.get(way, 0.5)), "predictions": digits},
+        )
+    call("experiments/parts/report.py", "--config", config, "--data_dir", toy_data)
+    lines = {line.split(" | ")[0]: line.split(" | ") for line in capsys.readouterr().out.splitlines()}
+    assert lines["| one model, tuned again on everything"][1] == "0.700"
+    assert lines["| **team, one expert per token**"][1:3] == ["0.600", "-"]
+    assert lines["| **team, one expert per token**"][3] == "+0.100"  # its first field: .5 by its own expert, .6 now
+    assert lines["| each row to the expert of its field"][1] == "0.500"
+    assert (tmp_path / "parts.md").read_text().count("\n") > 8
+    assert (tmp_path / "parts.png").stat().st_size > 1000
