@@ -15,6 +15,8 @@ from finteam_experts.merging.gates import read_gates
 from finteam_experts.merging.layout import expert_tensor, gate_tensor
 from finteam_experts.merging.sums import load_sums, save_sums, solve_gates
 from finteam_experts.models import MLP_MODULES, load_model
+from finteam_experts.publishing.cards import render
+from finteam_experts.publishing.repositories import PublishedRun
 
 
 def change(run, kind, role, *arguments):
@@ -100,6 +102,20 @@ def test_a_replaced_analyst_keeps_its_place(changing):
     assert [member["name"] for member in runs.read_record(changing / "moe")["team"]] == list(ROLES)
     own = weights(changing / "moe")[expert_tensor(1, 0, "down_proj")]
     assert torch.equal(own, weights(changing / "experts/credit")["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_a_tuned_team_changes_too_and_its_card_says_what_it_is(changing, capsys):
+    change(changing, "remove", "micro", "--model", "moe-instruct", "--output", "moe-instruct", "--limit", "4")
+    assert "was tuned as a whole after its router was fitted" in capsys.readouterr().out
+    record = runs.read_record(changing / "moe-instruct")
+    assert [task["name"] for task in record["tasks"]] == ["headlines", "stock_movement"]  # not those of micro
+    shutil.rmtree(changing / "reports")  # of the team before
+    published = PublishedRun(changing, "me", "Team", None)
+    tried = {"output": "", "seconds": 1.0, "peak_gib": 1.0, "cores": 2}
+    card = render(published, published.repos(["moe-instruct"])[0], "apache-2.0", "v1", {}, tried).decode()
+    assert "Its analysts came one by one" in card
+    assert "Stock movement" in card
+    assert "FiQA" not in card
 
 
 def test_what_does_not_fit_is_refused(changing, tmp_path):
