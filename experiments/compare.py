@@ -26,8 +26,9 @@ from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus, 
 from finteam_experts.data.tasks import prompting, tasks_from
 from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.evaluation.heldout import heldout_loss
+from finteam_experts.families import is_moe
 from finteam_experts.files import file_hash, read_json, write_json
-from finteam_experts.models import empty_model, is_moe, load_model, load_tokenizer, parameter_counts, read_config
+from finteam_experts.models import empty_model, load_model, load_tokenizer, parameter_counts, read_config
 from steps import InitialModels, options_of, step
 
 

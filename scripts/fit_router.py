@@ -28,11 +28,11 @@ from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, c
 from finteam_experts.data.files import check_roles, corpus_file, task_file, tasks_of
 from finteam_experts.data.tasks import prompting
 from finteam_experts.errors import InputError, run
+from finteam_experts.families import family_in
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import PARTS, fingerprint, trunk_fingerprint
 from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
-from finteam_experts.merging.layout import expert_tensor
 from finteam_experts.merging.router import fit
 from finteam_experts.merging.sums import RIDGE, TOKENS_PER_ROLE, compute_sums, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
@@ -41,7 +41,7 @@ from finteam_experts.weights import StoredTensors, weight_files
 
 def check_experts(moe: Path, names: list[str], experts: Path) -> None:
     """Raise `InputError` unless each expert of the MoE is the dense expert of the role that its record gives it."""
-    count = read_config(moe).num_local_experts
+    count, family = read_config(moe).num_local_experts, family_in(moe)
     if len(names) != count:
         raise InputError(f"{moe} has {count} experts, but its {runs.RECORD} names {len(names)}: {', '.join(names)}.")
     sources = {}
@@ -51,7 +51,7 @@ def check_experts(moe: Path, names: list[str], experts: Path) -> None:
                 sources[name] = stored["model.layers.0.mlp.down_proj.weight"]
     with StoredTensors(moe) as stored:
         for place, name in enumerate(names):
-            own = stored[expert_tensor(0, place, "down_proj")]
+            own = stored[family.expert_tensor(0, place, "down_proj")]
             if name in sources and not torch.equal(own, sources[name].to(own.dtype)):
                 found = [other for other, source in sources.items() if torch.equal(own, source.to(own.dtype))]
                 raise InputError(

@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
 
-from finteam_experts import models
+from finteam_experts import families, models
 from finteam_experts.data.mixture import row_limits
 from finteam_experts.data.tasks import default_tasks
 from finteam_experts.errors import InputError, run
@@ -54,7 +54,7 @@ def read_config(base: str) -> PretrainedConfig:
         raise InputError(f"{base} is gated: {advice}") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(f"--base {base}: no config could be read: {error}") from None
-    models.check_config(config, base)
+    families.check_config(config, base)
     return config
 
 
@@ -87,7 +87,7 @@ def training_of(path: Path, args: argparse.Namespace, *, sharded: bool) -> Train
 def steps_of(args: argparse.Namespace, dense: PretrainedConfig) -> list[Step]:
     """Every training step of the pipeline."""
     merge = read_merge_config(args.merge_config)
-    moe = planning.moe_config(dense, len(roles(merge)), merge.experts_per_token)
+    moe = families.family_of(dense).moe_config(dense, len(roles(merge)), merge.experts_per_token)
     found = []
     for title, name, config, times in (
         ("1: an expert", "train_expert", dense, len(trained_roles(merge))),

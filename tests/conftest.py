@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from finteam_experts.chats import ChatFormat
 from finteam_experts.data.files import corpus_file, task_file, write_rows
@@ -103,9 +103,11 @@ def instruct_tune(run_dir: Path, what: str, *arguments: object) -> None:
 
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory) -> Callable[..., Path]:
-    """Write a toy Llama with a BPE tokenizer and a chat template; keyword arguments override its config."""
+    """Write a toy Llama with a BPE tokenizer and a chat template, or a model of another config class; keyword arguments override
+    its config.
+    """
 
-    def make(seed: int = 0, **overrides) -> Path:
+    def make(seed: int = 0, config_class: type[PretrainedConfig] = LlamaConfig, **overrides) -> Path:
         folder = tmp_path_factory.mktemp("base")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer, tokenizer.decoder = (
@@ -127,12 +129,12 @@ def make_base(tmp_path_factory) -> Callable[..., Path]:
         fast.chat_template = CHAT_TEMPLATE
         fast.save_pretrained(folder)
         torch.manual_seed(seed)
-        config = LlamaConfig(
+        config = config_class(
             vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
             pad_token_id=2, initializer_range=0.2, **overrides,
         )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         return folder
 
     return make

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from finteam_experts.families import family_in
 from finteam_experts.files import read_json
 from finteam_experts.models import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER_FILES
 from finteam_experts.weights import StoredTensors, weight_files
@@ -39,7 +40,8 @@ def trunk_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     with StoredTensors(folder) as stored:
-        shared = {name for name in stored if ".mlp." not in name and ".block_sparse_moe." not in name}
+        blocks = (".mlp.", f".{family_in(folder).block}.")
+        shared = {name for name in stored if not any(block in name for block in blocks)}
         if read_json(folder / "config.json").get("tie_word_embeddings"):
             shared.discard("lm_head.weight")  # some writers store it a second time
         for name in sorted(shared):

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from finteam_experts.chats import ChatFormat, TemplateError, chat_format
 from finteam_experts.data.tasks import SYSTEM_PROMPT
 from finteam_experts.errors import InputError
+from finteam_experts.families import check_config
 from finteam_experts.files import read_json
 from finteam_experts.weights import INDEX, StoredTensors, open_tensors, weight_files
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # what becomes the experts of the MoE
 ADAPTER_FILE = "adapter_model.safetensors"
-SUPPORTED_TYPES = ("llama", "mistral")
 # Files beside the weights that a derived model takes over from its base
 TOKENIZER_FILES = (
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
@@ -56,24 +56,6 @@ def read_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}/config.json: transformers can't read it: {error}") from None
-
-
-def check_config(config: PretrainedConfig, where: Path | str) -> None:
-    """Raise `InputError` unless mergekit can turn a dense base of this config into a Mixtral; `where` names it."""
-    if config.model_type not in SUPPORTED_TYPES:
-        raise InputError(
-            f"{where}/config.json: model_type is '{config.model_type}'. A Mixtral-style MoE can be built from "
-            f"{' or '.join(SUPPORTED_TYPES)} only; choose such a base."
-        )
-    for key in ("attention_bias", "mlp_bias"):
-        if getattr(config, key, False):
-            raise InputError(f"{where}/config.json: {key} is true. Mixtral has no biases; choose a base without them.")
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise InputError(
-            f"{where}/config.json: the weights are quantised ({method}), which can't be merged. Choose the original "
-            "weights; load_in_4bit in the recipe quantises them for the training alone."
-        )
 
 
 def check_base(folder: Path) -> PretrainedConfig:
@@ -178,10 +160,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
         return dtype
     with StoredTensors(folder) as tensors:
         return tensors.dtype()
-
-
-def is_moe(config: PretrainedConfig) -> bool:
-    return config.model_type == "mixtral"
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:

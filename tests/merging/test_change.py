@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from conftest import ROLES, call, train_expert
 from finteam_experts import runs
 from finteam_experts.errors import InputError
+from finteam_experts.families import family_of
 from finteam_experts.merging.gates import read_gates
-from finteam_experts.merging.layout import expert_tensor, gate_tensor
 from finteam_experts.merging.sums import load_sums, save_sums, solve_gates
 from finteam_experts.models import MLP_MODULES, load_model
 from finteam_experts.publishing.cards import render
 from finteam_experts.publishing.repositories import PublishedRun
+
+MIXTRAL = family_of("mixtral")
 
 
 def change(run, kind, role, *arguments):
@@ -62,14 +64,14 @@ def changing(four, tmp_path):
 
 def test_who_was_there_stays_bit_for_bit(four):
     before, after, joined = weights(four / "moe"), weights(four / "moe-add-credit"), weights(four / "experts/credit")
-    added = {expert_tensor(layer, 3, matrix) for layer in range(2) for matrix in MLP_MODULES}
+    added = {MIXTRAL.expert_tensor(layer, 3, matrix) for layer in range(2) for matrix in MLP_MODULES}
     assert after.keys() - before.keys() == added
-    for name in before.keys() - {gate_tensor(layer) for layer in range(2)}:
+    for name in before.keys() - {MIXTRAL.gate_tensor(layer) for layer in range(2)}:
         assert torch.equal(before[name], after[name])
     for layer in range(2):
         for matrix in MLP_MODULES:
             assert torch.equal(
-                after[expert_tensor(layer, 3, matrix)], joined[f"model.layers.{layer}.mlp.{matrix}.weight"]
+                after[MIXTRAL.expert_tensor(layer, 3, matrix)], joined[f"model.layers.{layer}.mlp.{matrix}.weight"]
             )
     assert load_model(four / "moe-add-credit").config.num_local_experts == 4
     record = runs.read_record(four / "moe-add-credit")
@@ -91,8 +93,8 @@ def test_who_leaves_leaves_nothing(changing):
         assert torch.equal(tensor, after[name]) or name.endswith("gate.weight")
     change(changing, "remove", "micro", "--limit", "0")
     assert [member["name"] for member in runs.read_record(changing / "moe-remove-micro")["team"]] == ["macro", "quant"]
-    quant = weights(changing / "moe-remove-micro")[expert_tensor(0, 1, "up_proj")]
-    assert torch.equal(quant, before[expert_tensor(0, 2, "up_proj")])
+    quant = weights(changing / "moe-remove-micro")[MIXTRAL.expert_tensor(0, 1, "up_proj")]
+    assert torch.equal(quant, before[MIXTRAL.expert_tensor(0, 2, "up_proj")])
     with pytest.raises(InputError, match="without quant it would be one dense model"):
         change(changing, "remove", "quant", "--model", "moe-remove-micro")
 
@@ -100,7 +102,7 @@ def test_who_leaves_leaves_nothing(changing):
 def test_a_replaced_analyst_keeps_its_place(changing):
     change(changing, "replace", "macro", "--expert", changing / "experts/credit", "--output", "moe", "--limit", "0")
     assert [member["name"] for member in runs.read_record(changing / "moe")["team"]] == list(ROLES)
-    own = weights(changing / "moe")[expert_tensor(1, 0, "down_proj")]
+    own = weights(changing / "moe")[MIXTRAL.expert_tensor(1, 0, "down_proj")]
     assert torch.equal(own, weights(changing / "experts/credit")["model.layers.1.mlp.down_proj.weight"])
 
 

@@ -17,9 +17,9 @@ from finteam_experts.errors import InputError
 from finteam_experts.evaluation.batches import encode, padded_batches
 from finteam_experts.evaluation.heldout import heldout_loss
 from finteam_experts.evaluation.routing import measure_routing
+from finteam_experts.families import family_of
 from finteam_experts.files import write_json
 from finteam_experts.merging import gates
-from finteam_experts.merging.layout import gate_tensor
 from finteam_experts.merging.router import LEAST_GAIN, choose_scale
 from finteam_experts.models import load_model, load_tokenizer
 
@@ -146,9 +146,9 @@ def test_fitting_replaces_the_gates_and_nothing_else(merged, heldout):
     fit_router(merged, "--chat_share", 0.25)
     after = load_file(merged / "moe/model.safetensors")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        gate_tensor(layer) for layer in range(2)
+        family_of("mixtral").gate_tensor(layer) for layer in range(2)
     }
-    assert torch.equal(gates.load_gates(merged / "moe", "hidden")[1], before[gate_tensor(1)])
+    assert torch.equal(gates.load_gates(merged / "moe", "hidden")[1], before[family_of("mixtral").gate_tensor(1)])
     assert torch.equal(gates.load_gates(merged / "moe", "fitted"), gates.read_gates(merged / "moe"))
     fitted = measure_routing(load_model(merged / "moe"), tokenizer, heldout).summary()
     assert fitted["own_role_tokens"] > max(hidden["own_role_tokens"] + 0.1, 0.6)

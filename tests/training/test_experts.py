@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from conftest import REPOSITORY, SHORT, call
 from finteam_experts.errors import InputError
+from finteam_experts.families import family_of
 from finteam_experts.merging.layout import on_disk
 from finteam_experts.models import load_model
 from finteam_experts.runs import read_record
@@ -123,7 +124,7 @@ def test_splitting_takes_no_memory(done_run):
 
 
 def test_released_under_the_same_names_as_fused_experts(models):
-    fused, split = (on_disk(model.state_dict()) for model in models)
+    fused, split = (on_disk(model.state_dict(), family_of("mixtral")) for model in models)
     assert fused.keys() == split.keys()
     assert all(torch.equal(fused[name], split[name]) for name in fused)
 

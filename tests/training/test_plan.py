@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from conftest import REPOSITORY, call, load_script
 from finteam_experts.errors import InputError
+from finteam_experts.families import family_of
 from finteam_experts.models import empty_model, load_model, parameter_counts, read_config
 from finteam_experts.runs import read_record
 from finteam_experts.training import planning
@@ -44,7 +45,7 @@ def lora(name):
 
 def test_parameters_are_those_of_the_models(done_run):
     dense = AutoConfig.from_pretrained(done_run / "base")
-    moe = planning.moe_config(dense, experts=3, used=1)
+    moe = family_of(dense).moe_config(dense, experts=3, used=1)
     for config, folder, recipe in ((dense, "base", "instruct_tune_dense"), (moe, "moe", "instruct_tune_moe")):
         shape = planning.shape(config, lora(recipe))
         assert shape.total == sum(parameter.numel() for parameter in load_model(done_run / folder).parameters())
@@ -59,7 +60,7 @@ def test_split_experts_train_what_their_recipe_says(done_run):
     everywhere = {"r": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
     attention = planning.shape(dense, {"r": 4, "target_modules": ["q_proj"]}).trainable
     alone = planning.shape(dense, everywhere).trainable
-    team = planning.shape(planning.moe_config(dense, experts=3, used=3), everywhere).trainable
+    team = planning.shape(family_of(dense).moe_config(dense, experts=3, used=3), everywhere).trainable
     assert team - attention == 3 * (alone - attention)
 
 
@@ -101,7 +102,7 @@ def test_activations_are_what_autograd_saves(bf16, experts, targets):
     dense = LlamaConfig(
         hidden_size=144, intermediate_size=384, num_attention_heads=9, num_key_value_heads=3, vocab_size=99
     )
-    config = planning.moe_config(dense, experts=3, used=experts) if experts else dense
+    config = family_of(dense).moe_config(dense, experts=3, used=experts) if experts else dense
     lora, tokens = {"r": 8, "target_modules": targets}, 256
     kept = []
     for layers in (2, 3):

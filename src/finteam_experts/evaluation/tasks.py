@@ -20,7 +20,8 @@ from finteam_experts.evaluation import metrics
 from finteam_experts.evaluation.answers import score_answers
 from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greedy_answers, run_lm_eval
 from finteam_experts.evaluation.routing import expert_shares
-from finteam_experts.models import as_chats, is_moe, load_model, load_tokenizer
+from finteam_experts.families import is_moe
+from finteam_experts.models import as_chats, load_model, load_tokenizer
 from finteam_experts.training.experts import split_experts
 
 MAX_NEW_TOKENS = 8  # of a written answer

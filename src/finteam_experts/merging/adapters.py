@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, NotFiniteError
+from finteam_experts.families import family_of
 from finteam_experts.files import file_hash, read_json
 from finteam_experts.merging.layout import finish_folder, on_disk
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, check_loading, read_config, stored_dtype
@@ -42,6 +43,7 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
     or of the model is not finite.
     """
     config, dtype = read_config(model_folder), stored_dtype(model_folder)
+    family = family_of(config)
     config.dtype = dtype
     adapter_config = PeftConfig.from_pretrained(adapter_folder)
     adapter_config.layers_to_transform = None  # every layer is layer 0 of its model; the adapter says which it changes
@@ -65,7 +67,7 @@ def merge_adapter(model_folder: Path, adapter_folder: Path, target: Path) -> flo
                 difference = max(difference, off)
                 state = {name: tensor for name, tensor in model.state_dict().items() if _LAYER.search(name)}
                 tensors = {_LAYER.sub(str(layer), name): tensor for name, tensor in state.items()}
-            for name, tensor in on_disk(tensors).items():
+            for name, tensor in on_disk(tensors, family).items():
                 writer.save_tensor(name, tensor.to(dtype), clone=layer in changes)
         writer.finalize()
     finish_folder(config, model_folder, target)

@@ -9,24 +9,29 @@ from mergekit.io import TensorWriter
 from mergekit.merge import MergeOptions
 from mergekit.moe import common
 from mergekit.moe.config import MoEMergeConfig
-from mergekit.moe.mixtral import MixtralMoE
 from mergekit.moe.router import get_gate_params, get_hidden_states, tokenize_prompts
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finteam_experts.errors import InputError, NotFiniteError
-from finteam_experts.merging.layout import expert_tensor, finish_folder, on_disk
+from finteam_experts.families import Family, family_in, family_of
+from finteam_experts.merging.layout import finish_folder, on_disk
 from finteam_experts.models import read_config
 from finteam_experts.weights import SHARD_BYTES, StoredTensors, new_writer, size_of
 
 
-class _PerExpertWriter(TensorWriter):
+def _per_expert_writer(family: Family) -> type[TensorWriter]:
     """mergekit's writer, which splits fused experts into the tensors of each expert."""
 
-    def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
-        for own, part in on_disk({name: tensor}).items():
-            super().save_tensor(own, part, clone or part is not tensor)  # a view would keep the fused tensor in memory
+    class Writer(TensorWriter):
+        def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
+            for own, part in on_disk({name: tensor}, family).items():
+                super().save_tensor(
+                    own, part, clone or part is not tensor
+                )  # a view would keep the fused tensor in memory
+
+    return Writer
 
 
 def assemble(config: MoEMergeConfig, base: Path, base_config: PretrainedConfig, target: Path) -> None:
@@ -35,9 +40,10 @@ def assemble(config: MoEMergeConfig, base: Path, base_config: PretrainedConfig, 
     new_writer(target)  # clears what an interrupted merge left
     options = MergeOptions(copy_tokenizer=False, out_shard_size=min(SHARD_BYTES, max(2**28, size_of(base) // 5)))
     logging.disable(logging.WARNING)  # "not usable in llama.cpp" no longer holds: it takes any number of experts
-    common.TensorWriter = _PerExpertWriter
+    family = family_of(base_config)
+    common.TensorWriter = _per_expert_writer(family)
     try:
-        MixtralMoE().write_model(str(target), config, options, router_weights=list(gates))
+        family.output_architecture().write_model(str(target), config, options, router_weights=list(gates))
     finally:
         common.TensorWriter = TensorWriter
         logging.disable(logging.NOTSET)
@@ -81,6 +87,7 @@ def _prompt_gates(config: MoEMergeConfig, base: Path) -> torch.Tensor:
 def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
     """Raise unless every tensor of the MoE is its source's: the experts', the base's, or finite gates. Nothing is loaded."""
     dtype = getattr(torch, config.dtype)
+    family = family_in(moe)
     with StoredTensors(moe) as merged:
         expected = set()
 
@@ -103,7 +110,7 @@ def check_moe(moe: Path, base: Path, config: MoEMergeConfig) -> None:
                 for name in tensors:
                     if ".mlp." in name:
                         _, _, layer, _, matrix, _ = name.split(".")  # model.layers.N.mlp.gate_proj.weight
-                        compare(expert_tensor(layer, place, matrix), tensors[name], folder)
+                        compare(family.expert_tensor(layer, place, matrix), tensors[name], folder)
         gates = {name for name in merged if name.endswith(".gate.weight")}
         if gates | expected != set(merged) or not all(merged[name].isfinite().all() for name in gates):
             raise InputError(f"{moe}: it has other tensors than its sources, or gates that are not finite.")

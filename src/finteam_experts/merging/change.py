@@ -8,8 +8,9 @@ import torch
 from tqdm import tqdm
 
 from finteam_experts.errors import InputError, NotFiniteError, nearest
+from finteam_experts.families import family_of
 from finteam_experts.fingerprints import trunk_fingerprint
-from finteam_experts.merging.layout import expert_tensor, finish_folder, gate_tensor
+from finteam_experts.merging.layout import finish_folder
 from finteam_experts.merging.sums import RouterSums
 from finteam_experts.models import MLP_MODULES, check_base, read_config
 from finteam_experts.weights import StoredTensors, new_writer
@@ -75,6 +76,7 @@ def write_changed(moe: Path, members: list[int | Path], gates: torch.Tensor, tar
     `NotFiniteError` if a weight of a dense expert is not finite.
     """
     config = read_config(moe)
+    family = family_of(config)
     config.num_local_experts = len(members)
     config.num_experts_per_tok = min(config.num_experts_per_tok, len(members))
     with contextlib.ExitStack() as stack:
@@ -82,11 +84,11 @@ def write_changed(moe: Path, members: list[int | Path], gates: torch.Tensor, tar
         dense = {member: stack.enter_context(StoredTensors(member)) for member in members if isinstance(member, Path)}
         writer = new_writer(target)
         for name in old:
-            if ".block_sparse_moe." not in name:
+            if f".{family.block}." not in name:
                 writer.save_tensor(name, old[name])
         for layer in tqdm(range(config.num_hidden_layers), desc="writing the team", leave=False):
-            dtype = old[gate_tensor(layer)].dtype
-            writer.save_tensor(gate_tensor(layer), gates[layer].to(dtype).contiguous())
+            dtype = old[family.gate_tensor(layer)].dtype
+            writer.save_tensor(family.gate_tensor(layer), gates[layer].to(dtype).contiguous())
             for place, member in enumerate(members):
                 for matrix in MLP_MODULES:
                     if isinstance(member, Path):
@@ -95,7 +97,7 @@ def write_changed(moe: Path, members: list[int | Path], gates: torch.Tensor, tar
                         if not tensor.isfinite().all():
                             raise NotFiniteError(f"{member}: {name} is not finite. Train the expert again.")
                     else:
-                        tensor = old[expert_tensor(layer, member, matrix)]
-                    writer.save_tensor(expert_tensor(layer, place, matrix), tensor)
+                        tensor = old[family.expert_tensor(layer, member, matrix)]
+                    writer.save_tensor(family.expert_tensor(layer, place, matrix), tensor)
         writer.finalize()
     finish_folder(config, moe, target)

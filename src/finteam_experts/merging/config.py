@@ -20,8 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 # mergekit's keys that are refused, and why
 UNUSED = {
-    "architecture": "the MoE is a Mixtral.",
-    "shared_experts": "a Mixtral has none.",
+    "architecture": "it follows from the base.",
+    "shared_experts": "a team has none.",
     "noise_scale": "each expert is merged as it was trained, and checked against that.",
     "residual_scale": "each expert is merged as it was trained, and checked against that.",
 }

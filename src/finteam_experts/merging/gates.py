@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gates of a Mixtral's router: reading and replacing them, in a model or in its folder; forcing and watching them.
+"""The gates of an MoE's router: reading and replacing them, in a model or in its folder; forcing and watching them.
 
 A gate is one layer's linear map from a token's hidden state to one logit per expert. All gates of a model together are a
 tensor [layers, experts, hidden].
@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finteam_experts.errors import InputError
-from finteam_experts.merging.layout import gate_tensor
+from finteam_experts.families import family_in
 from finteam_experts.weights import StoredTensors, weight_files
 
 GATES = "gates"  # a folder of the MoE: the gates it was merged with, and those that were fitted
 
 
 def gate_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The gate of every layer of a Mixtral, first to last."""
+    """The gate of every layer of an MoE, first to last."""
     return [layer.mlp.gate for layer in model.model.layers]
 
 
@@ -37,9 +37,10 @@ def set_gates(model: torch.nn.Module, gates: torch.Tensor) -> None:
 
 def read_gates(folder: Path) -> torch.Tensor:
     """All gates of the MoE in `folder`, in fp32."""
+    family = family_in(folder)
     with StoredTensors(folder) as stored:
         layers = sum(name.endswith(".gate.weight") for name in stored)
-        return torch.stack([stored[gate_tensor(layer)] for layer in range(layers)]).float()
+        return torch.stack([stored[family.gate_tensor(layer)] for layer in range(layers)]).float()
 
 
 def load_gates(moe: Path, kind: str) -> torch.Tensor:
@@ -52,7 +53,8 @@ def load_gates(moe: Path, kind: str) -> torch.Tensor:
 
 def write_gates(folder: Path, gates: torch.Tensor) -> None:
     """Replace all gates of the MoE in `folder`, file by file, everything else as it was."""
-    own = {gate_tensor(layer): gate for layer, gate in enumerate(gates)}
+    family = family_in(folder)
+    own = {family.gate_tensor(layer): gate for layer, gate in enumerate(gates)}
     for file in weight_files(folder):
         tensors = load_file(file)
         if found := own.keys() & tensors.keys():

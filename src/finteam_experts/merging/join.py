@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from finteam_experts.errors import InputError, NotFiniteError
-from finteam_experts.merging.layout import expert_tensor, finish_folder, gate_tensor
+from finteam_experts.families import family_in
+from finteam_experts.merging.layout import finish_folder
 from finteam_experts.models import MLP_MODULES, load_model, read_config
 from finteam_experts.weights import StoredTensors, new_writer
 
@@ -23,6 +24,7 @@ def join(folders: list[Path], gates: torch.Tensor | None, like: Path, target: Pa
     `like` is a model of the result's architecture; its config and companions are taken over. Raises `InputError` if the
     experts do not have the same tensors or one of them is not finite.
     """
+    family = family_in(like)
     with contextlib.ExitStack() as stack:
         experts = [stack.enter_context(StoredTensors(folder)) for folder in folders]
         names = list(experts[0])
@@ -39,9 +41,9 @@ def join(folders: list[Path], gates: torch.Tensor | None, like: Path, target: Pa
                 continue
             _, _, layer, _, matrix, _ = name.split(".")  # model.layers.N.mlp.gate_proj.weight
             for place, tensor in enumerate(own):
-                writer.save_tensor(expert_tensor(layer, place, matrix), tensor)
+                writer.save_tensor(family.expert_tensor(layer, place, matrix), tensor)
             if matrix == MLP_MODULES[0]:
-                writer.save_tensor(gate_tensor(layer), gates[int(layer)].to(own[0].dtype).contiguous())
+                writer.save_tensor(family.gate_tensor(layer), gates[int(layer)].to(own[0].dtype).contiguous())
         writer.finalize()
     finish_folder(read_config(like), like, target)
 

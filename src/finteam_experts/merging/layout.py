@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one layout of an MoE on disk, which transformers 4 and 5, vLLM and llama.cpp read alike.
 
-transformers 5 fuses a Mixtral's experts into two tensors per layer when it loads them. On disk every expert has three
-tensors, `block_sparse_moe.experts.N.w1/w2/w3`: older readers look for those, and some of them leave experts that they
-do not find at random values with no more than a warning.
+transformers 5 fuses the experts of a layer into two tensors when it loads them. On disk every expert has three tensors (a
+Mixtral's are `block_sparse_moe.experts.N.w1/w2/w3`): older readers look for those, and some of them leave experts that they do
+not find at random values with no more than a warning.
 """
 
 import re
@@ -13,25 +13,15 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from finteam_experts.families import FAMILIES, Family, family_of
 from finteam_experts.files import read_json, write_json
 from finteam_experts.models import COMPANION_FILES
 
 _LINEAR_EXPERT = re.compile(r"\.mlp\.experts\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
-MATRICES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # of a dense MLP, and of an expert
 
 
-def expert_tensor(layer: int | str, expert: int, matrix: str) -> str:
-    """The name of an expert's `gate_proj`, `up_proj` or `down_proj`."""
-    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{MATRICES[matrix]}.weight"
-
-
-def gate_tensor(layer: int | str) -> str:
-    """The name of a layer's gate."""
-    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
-
-
-def on_disk(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights under their names on disk, as views.
+def on_disk(tensors: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """The same weights under the names on disk of their family, as views.
 
     Experts may be fused, as transformers 5 has them in memory, or linear layers, as in `training.experts`.
     """
@@ -39,18 +29,20 @@ def on_disk(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         layer = name.split(".")[2] if ".layers." in name else ""
         if linear := _LINEAR_EXPERT.search(name):
-            renamed[expert_tensor(layer, int(linear[1]), linear[2])] = tensor
+            renamed[family.expert_tensor(layer, int(linear[1]), linear[2])] = tensor
         elif name.endswith(".mlp.experts.gate_up_proj"):  # [experts, 2 x intermediate, hidden]
             for expert, both in enumerate(tensor):
                 gate, up = both.chunk(2)
                 renamed |= {
-                    expert_tensor(layer, expert, "gate_proj"): gate,
-                    expert_tensor(layer, expert, "up_proj"): up,
+                    family.expert_tensor(layer, expert, "gate_proj"): gate,
+                    family.expert_tensor(layer, expert, "up_proj"): up,
                 }
         elif name.endswith(".mlp.experts.down_proj"):
-            renamed |= {expert_tensor(layer, expert, "down_proj"): matrix for expert, matrix in enumerate(tensor)}
+            renamed |= {
+                family.expert_tensor(layer, expert, "down_proj"): matrix for expert, matrix in enumerate(tensor)
+            }
         else:
-            renamed[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = tensor
+            renamed[family.gate_tensor(layer) if name.endswith(".mlp.gate.weight") else name] = tensor
     return renamed
 
 
@@ -74,6 +66,9 @@ def finish_folder(config: PretrainedConfig, source: Path, target: Path) -> None:
         "torch_dtype": content.get("dtype"),
         "rope_theta": rope.pop("rope_theta", 10000.0),
     }  # transformers 4's keys
+    if content["model_type"] in {family.moe_type for family in FAMILIES}:
+        older = family_of(content["model_type"]).older_keys
+        content |= {key: content[now] for key, now in older.items() if now in content}
     if rope.get("rope_type", "default") != "default":
         content["rope_scaling"] = rope
     write_json(target / "config.json", content)

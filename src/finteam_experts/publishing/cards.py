@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from finteam_experts import runs
 from finteam_experts.data.tasks import Task, tasks_from
 from finteam_experts.errors import InputError
+from finteam_experts.families import family_in
 from finteam_experts.files import read_json
 from finteam_experts.fingerprints import is_model
 from finteam_experts.models import as_chats, empty_model, load_tokenizer, parameter_counts, read_config
@@ -67,7 +68,11 @@ def metadata(run: PublishedRun, repo: Repo, licence: str, datasets: list[str]) -
     }[repo.card]
     tags = ["finance", "finteam-experts"]
     tags += ["lora", "trl", "sft"] if repo.card == "adapter" else []
-    tags += ["moe", "mixture-of-experts", "mixtral", "mergekit"] if repo.card.startswith("moe") else []
+    tags += (
+        ["moe", "mixture-of-experts", family_in(run.run_dir / repo.part).moe_type, "mergekit"]
+        if repo.card.startswith("moe")
+        else []
+    )
     return ModelCardData(
         language="en", license=licence, library_name="peft" if repo.card == "adapter" else "transformers",
         pipeline_tag="text-generation", tags=tags, base_model=base_model, base_model_relation=relation,

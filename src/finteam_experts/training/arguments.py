@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from finteam_experts.errors import InputError, nearest
+from finteam_experts.families import is_moe
 from finteam_experts.files import read_yaml
-from finteam_experts.models import is_moe
 
 # Settings that change what is shown, kept or where it is, never the weights: two runs may differ in them.
 _NOT_INPUTS = (

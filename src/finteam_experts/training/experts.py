@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Mixtral whose experts are plain linear layers while it is trained or evaluated on a CPU.
+"""An MoE whose experts are plain linear layers while it is trained or evaluated on a CPU.
 
 transformers keeps the experts of a layer in two fused tensors. PEFT adapts such a tensor by adding the product of its LoRA to
 it before every use, so that the backward pass computes the gradient of the whole tensor, as full tuning would. Linear layers
@@ -9,16 +9,25 @@ take a LoRA as it is meant: the forward pass adds a small product, and no gradie
 from collections.abc import Collection
 
 import torch
+from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from finteam_experts.errors import InputError
-from finteam_experts.models import MLP_MODULES, is_moe
+from finteam_experts.families import is_moe
+from finteam_experts.models import MLP_MODULES
 
 # Tokens of an expert are padded to a multiple of this. A CPU compiles a kernel for every new shape in bfloat16, and the
 # router gives each expert of each layer another number of tokens at every step: a third of the time went into that.
 ROWS = 32
+
+# PEFT takes the LoRA of a Qwen3-MoE's gate_proj for one of a part of transformers' fused tensor, which it is not once the experts
+# are split: it has to leave the names of such models alone.
+_SPLIT_TYPES: set[str] = set()
+_conversion_of = transformers_weight_conversion.get_checkpoint_conversion_mapping
+transformers_weight_conversion.get_checkpoint_conversion_mapping = lambda kind: (
+    None if kind in _SPLIT_TYPES else _conversion_of(kind)
+)
 
 
 def adapts_linear_experts(config: PretrainedConfig, target_modules: Collection[str] | None) -> bool:
@@ -29,7 +38,7 @@ def adapts_linear_experts(config: PretrainedConfig, target_modules: Collection[s
 class SplitExperts(nn.Module):
     """The experts of one layer, with the interface of the fused module, whose memory they share."""
 
-    def __init__(self, fused: MixtralExperts, at_once: int | None = None) -> None:
+    def __init__(self, fused: nn.Module, at_once: int | None = None) -> None:
         super().__init__()
         self.at_once = at_once
         self.act_fn = fused.act_fn
@@ -91,5 +100,6 @@ def split_experts(model: nn.Module, *, at_once: int | None = None) -> None:
             f"experts_at_once: found {at_once}, for a model that uses {used} of {experts} experts per token. It is a number "
             f"from 1 to {experts}, for a model whose tokens use all experts: merge it with --experts_per_token {experts}."
         )
+    _SPLIT_TYPES.add(model.config.model_type)
     for layer in model.model.layers:
         layer.mlp.experts = SplitExperts(layer.mlp.experts, at_once)

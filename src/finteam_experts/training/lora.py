@@ -13,8 +13,9 @@ from trl import SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError
+from finteam_experts.families import is_moe
 from finteam_experts.merging.adapters import merge_adapter
-from finteam_experts.models import COMPANION_FILES, MLP_MODULES, is_moe, read_config
+from finteam_experts.models import COMPANION_FILES, MLP_MODULES, read_config
 from finteam_experts.training import checkpoints, cpu
 from finteam_experts.training.arguments import BaseModelConfig, RunArguments
 from finteam_experts.training.experts import adapts_linear_experts, split_experts

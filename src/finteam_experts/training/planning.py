@@ -11,9 +11,10 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
-from transformers import MixtralConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from finteam_experts.models import empty_model, is_moe, parameter_counts
+from finteam_experts.families import is_moe
+from finteam_experts.models import empty_model, parameter_counts
 from finteam_experts.training.experts import adapts_linear_experts, split_experts
 
 GIB = 2**30
@@ -68,16 +69,6 @@ class Shape:
     layer: int  # of the largest decoder layer
     adapted_experts: int  # parameters of fused experts with a LoRA: PEFT adds it to a copy of them
     config: PretrainedConfig
-
-
-def moe_config(dense: PretrainedConfig, experts: int, used: int) -> MixtralConfig:
-    """The config of the MoE that mergekit makes from that many experts of a dense base."""
-    same = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings", "dtype",
-    )  # fmt: skip
-    kept = {key: getattr(dense, key) for key in same}
-    return MixtralConfig(**kept, num_local_experts=experts, num_experts_per_tok=used)
 
 
 def shape(config: PretrainedConfig, lora: dict[str, Any] | None) -> Shape:
