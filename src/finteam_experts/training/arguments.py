@@ -36,7 +36,7 @@ _PUSHED = "scripts/publish.py pushes a run to the Hub, with its cards."
 _LOSS = "A tuning's loss is on the answers, an expert's on all of its text."
 # TRL's settings that the rest of the pipeline would not follow, by name or by the beginning of it.
 _REFUSED = {
-    "chat_template_path": _BASE, "eos_token": _BASE, "pad_token": _BASE, "trust_remote_code": "Only Llama and Mistral models are read.",
+    "chat_template_path": _BASE, "eos_token": _BASE, "pad_token": _BASE, "trust_remote_code": "Bases are of families that transformers has itself.",
     "model_revision": "Download that revision with `hf download ID --revision REVISION --local-dir DIR`, and name it with --base.",
     "assistant_only_loss": _LOSS, "completion_only_loss": _LOSS,
     "dataset_text_field": "Corpora have the column text; --corpus_column names another one of streamed files.",
