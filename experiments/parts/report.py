@@ -127,6 +127,7 @@ def main() -> None:
             cells = []
             for n in range(1, last + 1):
                 there = [own[way, n] for own in runs if (way, n) in own]
+                there = [part for part in there if set(parts.fields[field]) <= set(part["scores"])]
                 cells.append(f"{mean(average(part, [parts.fields[field]]) for part in there):.3f}" if there else "-")
             lines.append(f"| {field}, {title(way)} | {' | '.join(cells)} |")
 

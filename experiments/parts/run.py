@@ -34,6 +34,7 @@ from finteam_experts.merging.gates import get_gates, random_gates, set_gates
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from parts import Order, Parts
 
+GROWING = ("joint", "in-turn", "team")  # scored on the tasks of the fields that have arrived
 Made = tuple[Path, torch.nn.Module | None]  # a folder, and the model if it is another than the folder's
 
 
@@ -151,13 +152,15 @@ def scored(order: Order, predictions: dict[str, str]) -> dict[str, Any]:
     return {"scores": scores, "predictions": predictions}
 
 
-def score(order: Order, made: Made) -> dict[str, Any]:
+def score(order: Order, made: Made, fields: list[str]) -> dict[str, Any]:
+    """The scores of a model on the tasks of these fields."""
     folder, model = made
-    rows = {name: rows_to_score(order.data, task, "test", order.parts.limit) for name, task in order.tasks.items()}
+    tasks = {name: task for name, task in order.tasks.items() if task.role in fields}
+    rows = {name: rows_to_score(order.data, task, "test", order.parts.limit) for name, task in tasks.items()}
     with tempfile.TemporaryDirectory() as work:
         bf16 = bool(order.parts.overrides.get("bf16"))
-        found = evaluate_model(folder, order.tasks, rows, {}, Path(work), bf16=bf16, model=model)
-    labels = {name: task.labels for name, task in order.tasks.items()}
+        found = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=bf16, model=model)
+    labels = {name: task.labels for name, task in tasks.items()}
     predictions = {
         name: "".join(str(labels[name].index(label)) for label in own["predictions"])
         for name, own in found["tasks"].items()
@@ -195,9 +198,9 @@ def main() -> None:
                 began = time.monotonic()
                 made = make()
                 seconds = round(time.monotonic() - began)
-                write_json(
-                    path, {"way": way, "arrivals": arrivals, "rows": rows, "seconds": seconds} | score(order, made)
-                )
+                fields = order.order[:arrivals] if way in GROWING or way.startswith("replay") else order.order
+                about = {"way": way, "arrivals": arrivals, "rows": rows, "seconds": seconds}
+                write_json(path, about | score(order, made, fields))
             if not args.only:
                 behind_classifiers(order, results)
 
