@@ -3,13 +3,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from conftest import ROLES, call, fit_router, instruct_tune, train_expert
+from finteam_experts import families
 from finteam_experts.errors import InputError
 from finteam_experts.families import FAMILIES, OTHERS, check_config, family_of
 from finteam_experts.merging.gates import read_gates
@@ -100,6 +109,34 @@ def test_three_identical_experts_are_the_base(kind, make_base, toy_data, tmp_pat
     with torch.no_grad():
         expected, found = (load_model(run / name)(tokens).logits for name in ("base", "moe"))
     assert (expected - found).abs().max() <= 1e-6 * expected.abs().max()
+
+
+class MadeUpConfig(Qwen3Config):
+    model_type = "made_up"
+    auto_map = {}  # TRL asks for it
+
+
+class MadeUpForCausalLM(Qwen3ForCausalLM):
+    config_class = MadeUpConfig
+
+
+def test_another_kind_of_base_needs_nothing_but_its_entry(make_base, toy_data, tmp_path, monkeypatch):
+    AutoConfig.register("made_up", MadeUpConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MadeUpConfig, MadeUpForCausalLM, exist_ok=True)
+    run = tmp_path / "run"
+    shutil.copytree(make_base(config_class=MadeUpConfig, head_dim=8), run / "base")
+    shutil.copytree(toy_data, run / "data")
+    with pytest.raises(InputError, match="'made_up'. A team can't be built from it. Choose a Llama, Mistral or Qwen3"):
+        train_expert(run, "macro")
+    monkeypatch.setattr(
+        families, "FAMILIES", [*FAMILIES, replace(family_of("qwen3"), dense_types={"made_up": "Made-up"})]
+    )
+    for role in ROLES:
+        train_expert(run, role)
+    call("scripts/merge_moe.py", "--run_dir", run)
+    fit_router(run)
+    instruct_tune(run, "moe")
+    assert load_model(run / "moe-instruct").config.num_local_experts == 3
 
 
 @pytest.mark.parametrize("kind", sorted(OTHERS))

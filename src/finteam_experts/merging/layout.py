@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from finteam_experts.families import FAMILIES, Family, family_of
+from finteam_experts.families import Family, family_of, is_moe
 from finteam_experts.files import read_json, write_json
 from finteam_experts.models import COMPANION_FILES
 
@@ -66,9 +66,8 @@ def finish_folder(config: PretrainedConfig, source: Path, target: Path) -> None:
         "torch_dtype": content.get("dtype"),
         "rope_theta": rope.pop("rope_theta", 10000.0),
     }  # transformers 4's keys
-    if content["model_type"] in {family.moe_type for family in FAMILIES}:
-        older = family_of(content["model_type"]).older_keys
-        content |= {key: content[now] for key, now in older.items() if now in content}
+    if is_moe(config):
+        content |= {key: content[now] for key, now in family_of(config).older_keys.items() if now in content}
     if rope.get("rope_type", "default") != "default":
         content["rope_scaling"] = rope
     write_json(target / "config.json", content)
