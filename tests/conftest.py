@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from finteam_experts.chats import ChatFormat
 from finteam_experts.data.files import corpus_file, task_file, write_rows
@@ -166,6 +166,20 @@ def new_run(tmp_path, toy_base, toy_data) -> Path:
     run_dir = tmp_path / "run"
     shutil.copytree(toy_base, run_dir / "base")
     shutil.copytree(toy_data, run_dir / "data")
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def qwen3_run(tmp_path_factory, make_base, toy_data) -> Path:
+    """A run on a toy Qwen3, up to the tuned team. Do not write into it, but for new folders."""
+    run_dir = tmp_path_factory.mktemp("qwen3") / "run"
+    shutil.copytree(make_base(config_class=Qwen3Config, head_dim=8), run_dir / "base")
+    shutil.copytree(toy_data, run_dir / "data")
+    for role in ROLES:
+        train_expert(run_dir, role)
+    call("scripts/merge_moe.py", "--run_dir", run_dir)
+    fit_router(run_dir)
+    instruct_tune(run_dir, "moe")
     return run_dir
 
 

@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from conftest import CHAT_TEMPLATE, REPOSITORY, call, form_of, instruct_tune, train_expert
@@ -249,6 +251,8 @@ BASES = {
         torch.bfloat16, (),
     ),
     "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 16, "head_dim": 8}, torch.float32, ()),
+    "qwen3-tied": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}, torch.float32, ()),
+    "qwen3-untied-bf16": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "tie_word_embeddings": False}, torch.bfloat16, (shard,)),
     "mistral-no-window": (MistralForCausalLM, MistralConfig, {"sliding_window": None, "head_dim": 8}, torch.float32, (shard,)),
 }  # fmt: skip
 # Every base once and every template once, each pair another mixture

@@ -25,38 +25,23 @@ from finteam_experts.merging.gates import read_gates
 from finteam_experts.merging.layout import save_model
 from finteam_experts.models import load_model, parameter_counts
 
-QWEN3 = {"config_class": Qwen3Config, "head_dim": 8}
 BASES = {
     "llama": {"config_class": LlamaConfig},
     "mistral": {"config_class": MistralConfig, "sliding_window": None},
-    "qwen3": QWEN3,
+    "qwen3": {"config_class": Qwen3Config, "head_dim": 8},
 }
-
-
-@pytest.fixture(scope="module", params=["qwen3"])
-def run(request, tmp_path_factory, make_base, toy_data):
-    """A run on a base of that family, up to the tuned team. Llama's is `done_run`, which all other tests look at."""
-    run = tmp_path_factory.mktemp("family") / "run"
-    shutil.copytree(make_base(**BASES[request.param]), run / "base")
-    shutil.copytree(toy_data, run / "data")
-    for role in ROLES:
-        train_expert(run, role)
-    call("scripts/merge_moe.py", "--run_dir", run)
-    fit_router(run)
-    instruct_tune(run, "moe")
-    return run
 
 
 def test_every_kind_of_base_is_of_a_family():
     assert {kind for family in FAMILIES for kind in family.dense_types} == set(BASES)
 
 
-def test_the_tuned_team_is_an_moe_of_its_family(run):
-    family = family_of(AutoConfig.from_pretrained(run / "base"))
+def test_the_tuned_team_is_an_moe_of_its_family(qwen3_run):
+    family = family_of(AutoConfig.from_pretrained(qwen3_run / "base"))
     for part in ("moe", "moe-instruct"):
         tensors, config = (
-            load_file(run / part / "model.safetensors"),
-            json.loads((run / part / "config.json").read_text()),
+            load_file(qwen3_run / part / "model.safetensors"),
+            json.loads((qwen3_run / part / "config.json").read_text()),
         )
         assert config["model_type"] == family.moe_type
         assert config["num_experts_per_tok"] == 1
@@ -65,33 +50,36 @@ def test_the_tuned_team_is_an_moe_of_its_family(run):
             assert tensors[family.gate_tensor(layer)].shape == (3, 32)
             for matrix, shape in (("gate_proj", (48, 32)), ("up_proj", (48, 32)), ("down_proj", (32, 48))):
                 assert all(tensors[family.expert_tensor(layer, place, matrix)].shape == shape for place in range(3))
-        counts = parameter_counts(load_model(run / part))
+        counts = parameter_counts(load_model(qwen3_run / part))
         assert counts["total"] - counts["active"] == round(counts["experts"] * 2 / 3)
 
 
-def test_the_tuning_reached_attention_and_every_expert(run):
-    family = family_of(AutoConfig.from_pretrained(run / "base"))
-    before, after = (load_file(run / part / "model.safetensors") for part in ("moe", "moe-instruct"))
+def test_the_tuning_reached_attention_and_every_expert(qwen3_run):
+    family = family_of(AutoConfig.from_pretrained(qwen3_run / "base"))
+    before, after = (load_file(qwen3_run / part / "model.safetensors") for part in ("moe", "moe-instruct"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert "model.layers.1.self_attn.q_proj.weight" in changed
     assert {family.expert_tensor(0, place, "up_proj") for place in range(3)} <= changed
     assert not any(name.endswith((".gate.weight", "norm.weight")) for name in changed)
 
 
-def test_it_is_saved_as_it_was_loaded(run, tmp_path):
-    model, tokens = load_model(run / "moe-instruct"), torch.arange(5, 60)[None]
-    save_model(model, run / "moe-instruct", tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(run / "moe-instruct/model.safetensors").keys()
+def test_it_is_saved_as_it_was_loaded(qwen3_run, tmp_path):
+    model, tokens = load_model(qwen3_run / "moe-instruct"), torch.arange(5, 60)[None]
+    save_model(model, qwen3_run / "moe-instruct", tmp_path)
+    assert (
+        load_file(tmp_path / "model.safetensors").keys()
+        == load_file(qwen3_run / "moe-instruct/model.safetensors").keys()
+    )
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path)(tokens).logits, model(tokens).logits)
 
 
-def test_it_is_evaluated_and_it_changes(run):
-    call("scripts/evaluate.py", "--run_dir", run, "--models", "base", "moe-instruct", "--limit", "4")
-    assert (run / "reports/evaluation.json").is_file()
-    call("scripts/change_team.py", "remove", "micro", "--run_dir", run, "--limit", "4")
-    assert read_gates(run / "moe-remove-micro").shape == (2, 2, 32)
-    assert load_model(run / "moe-remove-micro").config.num_local_experts == 2
+def test_it_is_evaluated_and_it_changes(qwen3_run):
+    call("scripts/evaluate.py", "--run_dir", qwen3_run, "--models", "base", "moe-instruct", "--limit", "4")
+    assert (qwen3_run / "reports/evaluation.json").is_file()
+    call("scripts/change_team.py", "remove", "micro", "--run_dir", qwen3_run, "--limit", "4")
+    assert read_gates(qwen3_run / "moe-remove-micro").shape == (2, 2, 32)
+    assert load_model(qwen3_run / "moe-remove-micro").config.num_local_experts == 2
 
 
 @pytest.mark.parametrize("kind", BASES)

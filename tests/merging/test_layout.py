@@ -98,7 +98,7 @@ def test_companions_are_the_bases(done_run):
 
 
 @pytest.mark.slow
-def test_same_logits_in_transformers_4(done_run, tmp_path):
+def test_same_logits_in_transformers_4(done_run, qwen3_run, tmp_path):
     """In a new process with transformers 4.57, installed beside this environment's torch."""
     packages = tmp_path / "packages"
     subprocess.run(
@@ -116,7 +116,8 @@ def test_same_logits_in_transformers_4(done_run, tmp_path):
         "torch.save((text, ids, model(ids).logits.detach()), out)"
     )
     environment = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"}
-    for folder in (done_run / "moe", done_run / "moe-instruct", done_run / "dense-instruct"):
+    folders = [done_run / part for part in ("moe", "moe-instruct", "dense-instruct")]
+    for folder in (*folders, qwen3_run / "moe", qwen3_run / "moe-instruct"):
         out = tmp_path / "logits.pt"
         ended = subprocess.run(
             [sys.executable, "-c", code, folder, out], env=environment, capture_output=True, text=True
