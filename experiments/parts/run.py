@@ -201,7 +201,7 @@ def main() -> None:
                 fields = order.order[:arrivals] if way in GROWING or way.startswith("replay") else order.order
                 about = {"way": way, "arrivals": arrivals, "rows": rows, "seconds": seconds}
                 write_json(path, about | score(order, made, fields))
-            if not args.only:
+            if all((results / f"expert-{field}-1.json").exists() for field in order.order):
                 behind_classifiers(order, results)
 
 
