@@ -119,7 +119,7 @@ def score_both(moe: Path, changed: Path, data: Path, tasks: Tasks, limit: int) -
     with tempfile.TemporaryDirectory() as work:
         for when, folder in (("before", moe), ("after", changed)):
             print(f"Scoring the team {when} the change")
-            scores[when] = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=has_bf16_units())
+            scores[when] = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=has_bf16_units(), generate=False)
     table = Table("task", "its analyst", "main score", title="What changed")
     for column in ("before", "after", "difference", "gate share of its analyst before", "after"):
         table.add_column(column, justify="right")

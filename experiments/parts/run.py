@@ -159,7 +159,7 @@ def score(order: Order, made: Made, fields: list[str]) -> dict[str, Any]:
     rows = {name: rows_to_score(order.data, task, "test", order.parts.limit) for name, task in tasks.items()}
     with tempfile.TemporaryDirectory() as work:
         bf16 = bool(order.parts.overrides.get("bf16"))
-        found = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=bf16, model=model)
+        found = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=bf16, model=model, generate=False)
     labels = {name: task.labels for name, task in tasks.items()}
     predictions = {
         name: "".join(str(labels[name].index(label)) for label in own["predictions"])

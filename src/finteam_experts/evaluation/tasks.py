@@ -38,10 +38,12 @@ def evaluate_model(
     *,
     bf16: bool,
     model: torch.nn.Module | None = None,
+    generate: bool = True,
 ) -> dict[str, Any]:
     """Score one model on the `rows` of each task and the held-out `chats` of each role; returns its part of the report.
 
-    It is the one in `folder`, or `model` with what else that folder has: tokenizer, template, record.
+    It is the one in `folder`, or `model` with what else that folder has: tokenizer, template, record. Without `generate` the
+    report lacks what it writes to the tasks' prompts.
     """
     start = time.monotonic()
     form = as_chats(load_tokenizer(folder), folder)
@@ -58,7 +60,8 @@ def evaluate_model(
         report["tasks"][name] = result = _label_report(task, rows[name], samples)
         if abs(result["accuracy"] - accuracy) > 1e-9:
             raise RuntimeError(f"{name}: accuracy {result['accuracy']} differs from lm-eval's {accuracy}")
-        result["generated"] = _generated(model, form, task, rows[name], prompts[name], samples)
+        if generate:
+            result["generated"] = _generated(model, form, task, rows[name], prompts[name], samples)
     labels = {label for task in tasks.values() for label in task.labels}
     report["answers"] = {role: score_answers(model, form, own, labels) for role, own in chats.items()}
     if is_moe(model.config):
