@@ -3,7 +3,7 @@
 
     python experiments/parts/report.py --config experiments/parts/parts.yaml --data_dir DIR
 
-Writes `parts.md` and `parts.png` beside the YAML. The data directory's test rows are read for the intervals, which are 95 %
+Writes a table and a plot, under the name of the YAML. The data directory's test rows are read for the intervals, which are 95 %
 and paired: over rows, and over orders and seeds where there are several.
 """
 
@@ -141,7 +141,7 @@ def main() -> None:
             ]
             name = {"team": "nobody", "base": "(the base)"}.get(way, way.removeprefix("without-"))
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    (args.config.parent / "parts.md").write_text("\n".join(lines) + "\n")
+    args.config.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -156,7 +156,7 @@ def main() -> None:
             axes.plot([last], [scored[way]], "x", label=title(way))
     axes.set(xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=range(1, last + 1))
     axes.legend(fontsize="small")
-    figure.savefig(args.config.parent / "parts.png", dpi=150)
+    figure.savefig(args.config.with_suffix(".png"), dpi=150)
 
 
 if __name__ == "__main__":
