@@ -42,8 +42,8 @@ from finteam_experts.weights import size_of
 ALIKE = 0.999  # cosine of the team's gates and those of its sums, above which they are the same
 
 
-def find_expert(args: argparse.Namespace) -> Path:
-    """The folder of the dense expert that joins: as named, downloaded, or made from an adapter and the trunk."""
+def find_expert(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The folder of the dense expert that joins, and the one that was named: the same, or of an adapter that was merged."""
     own = args.run_dir / "experts" / args.role
     named = args.expert or str(own if own.is_dir() else args.run_dir / "adapters" / args.role)
     folder = Path(named)
@@ -60,12 +60,14 @@ def find_expert(args: argparse.Namespace) -> Path:
                 f"'hf auth login' as someone who may read it. The Hub's answer: {error}"
             ) from None
     if not (folder / ADAPTER_FILE).is_file():
-        return local_folder(str(folder))
+        return local_folder(str(folder)), folder
     trunk = local_folder(args.base or str(args.run_dir / "trunk"))
     known_trunk = fingerprint(trunk)
     check_adapter(folder, args.role, known_trunk)
+    if own.is_dir():  # of the analyst that is replaced
+        own = own.with_name(f"{args.role}-{file_hash(folder / ADAPTER_FILE)[:8]}")
     dense_expert(trunk, known_trunk, folder, own)
-    return own
+    return own, folder
 
 
 def team_sums(moe: Path, names: list[str]) -> list[RouterSums]:
@@ -89,9 +91,9 @@ def scale_of(gates: torch.Tensor, solved: torch.Tensor) -> float:
 
 def who_joins(args: argparse.Namespace, moe: Path, like: RouterSums) -> tuple[Path, Path, RouterSums]:
     """The dense expert that joins the team in `moe`, the file of its router sums and these; `InputError` if they do not fit."""
-    expert = find_expert(args)
+    expert, named = find_expert(args)
     check_expert(expert, moe, like.trunk)
-    source = args.sums or expert / SUMS
+    source = args.sums or (expert if (expert / SUMS).is_file() else named) / SUMS
     if not source.is_file():
         raise InputError(
             f"{source} does not exist: a router needs the sums of who joins. Their owner computes them, from text that stays "

@@ -106,6 +106,15 @@ def test_a_replaced_analyst_keeps_its_place(changing):
     assert torch.equal(own, weights(changing / "experts/credit")["model.layers.1.mlp.down_proj.weight"])
 
 
+def test_an_adapter_takes_a_place_too(changing):
+    adapter = changing / "adapters/credit"
+    shutil.copyfile(changing / "experts/credit/router_sums.safetensors", adapter / "router_sums.safetensors")
+    change(changing, "replace", "quant", "--expert", adapter, "--limit", "0")
+    own = weights(changing / "moe-replace-quant")[MIXTRAL.expert_tensor(1, 2, "down_proj")]
+    assert torch.equal(own, weights(changing / "experts/credit")["model.layers.1.mlp.down_proj.weight"])
+    assert (changing / "experts/quant").is_dir()  # who was replaced is still there
+
+
 def test_a_tuned_team_changes_too_and_its_card_says_what_it_is(changing, capsys):
     change(changing, "remove", "micro", "--model", "moe-instruct", "--output", "moe-instruct", "--limit", "4")
     assert "was tuned as a whole after its router was fitted" in capsys.readouterr().out
