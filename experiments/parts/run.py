@@ -152,13 +152,12 @@ def scored(order: Order, predictions: dict[str, str]) -> dict[str, Any]:
     return {"scores": scores, "predictions": predictions}
 
 
-def score(order: Order, made: Made, fields: list[str]) -> dict[str, Any]:
+def score(order: Order, made: Made, fields: list[str], *, bf16: bool) -> dict[str, Any]:
     """The scores of a model on the tasks of these fields."""
     folder, model = made
     tasks = {name: task for name, task in order.tasks.items() if task.role in fields}
     rows = {name: rows_to_score(order.data, task, "test", order.parts.limit) for name, task in tasks.items()}
     with tempfile.TemporaryDirectory() as work:
-        bf16 = bool(order.parts.overrides.get("bf16"))
         found = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=bf16, model=model, generate=False)
     labels = {name: task.labels for name, task in tasks.items()}
     predictions = {
@@ -174,6 +173,7 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="data directory with the tasks of all fields")
     parser.add_argument("--base", help="dense base: Hub id or folder (default: the quickstart's)")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these ways (default: all)")
+    parser.add_argument("--arrivals", nargs="+", type=int, help="after that many arrivals (default: after each)")
     args = parser.parse_args()
 
     parts = Parts.model_validate(read_yaml(args.config))
@@ -194,13 +194,16 @@ def main() -> None:
                 path = results / f"{way}-{arrivals}.json"
                 if path.exists() or (args.only and way not in args.only):
                     continue
+                if args.arrivals and arrivals not in args.arrivals:
+                    continue
                 print(f"\n##### {name}, seed {seed}: {way} after {arrivals} arrivals", flush=True)
                 began = time.monotonic()
                 made = make()
                 seconds = round(time.monotonic() - began)
                 fields = order.order[:arrivals] if way in GROWING or way.startswith("replay") else order.order
+                bf16 = bool(parts.overrides.get("bf16")) and way != "arrow"  # PEFT's Arrow can't compute in two types
                 about = {"way": way, "arrivals": arrivals, "rows": rows, "seconds": seconds}
-                write_json(path, about | score(order, made, fields))
+                write_json(path, about | score(order, made, fields, bf16=bf16))
             if all((results / f"expert-{field}-1.json").exists() for field in order.order):
                 behind_classifiers(order, results)
 
