@@ -13,7 +13,6 @@ RUN_DIR/experts-instruct/ROLE. When all experts are tuned, scripts/join_experts.
 """
 
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.routing import RoutingCallback
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint
-from finteam_experts.merging.sums import FOLDER
+from finteam_experts.merging.sums import copy_sums
 from finteam_experts.models import as_chats, check_base, load_tokenizer, local_folder, read_config
 from finteam_experts.training.arguments import BaseModelConfig, RunArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora, tuning_results
@@ -242,9 +241,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         results["merge_difference"], keep = merge_trained(trainer, start, work)
         about = about_tasks(tasks) | ({"team": record["team"]} if team else {})
-        if (start / FOLDER).is_dir():
-            shutil.copytree(start / FOLDER, work / FOLDER, dirs_exist_ok=True)
-            keep.append(FOLDER)
+        keep += copy_sums(start, work)
         runs.finish(target, {**about, "results": results}, keep=keep)
         agree = f"merged and adapter outputs agree to {results['merge_difference']:.0e}"
         print(f"{target}: tuned on {results['rows_seen']} rows; {agree}")

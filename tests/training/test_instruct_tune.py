@@ -31,7 +31,7 @@ def test_tuning_moves_attention_and_every_expert_and_leaves_the_router(done_run)
 
 def test_routing_is_logged_while_tuning(copied_run):
     shutil.rmtree(copied_run / "moe-instruct")
-    instruct_tune(copied_run, "moe", "--routing_steps", 2, "--routing_passages", 3)
+    instruct_tune(copied_run, "moe", "--routing_steps", 2, "--routing_passages", 3, "--learning_rate", "1e-3")
     log = read_record(copied_run / "moe-instruct")["results"]["routing"]
     assert [entry["step"] for entry in log] == [0, 2, 4]
     start, end = log[0], log[-1]

@@ -137,7 +137,7 @@ def test_bases_that_cannot_become_experts(new_run, make_base):
     other = make_base()
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(InputError, match="model_type is 'gpt2'.*llama or mistral"):
+    with pytest.raises(InputError, match="model_type is 'gpt2'.*Choose a Llama, Mistral or Qwen3"):
         train_expert(new_run, "macro", "--base", other)
 
 

@@ -8,6 +8,7 @@ is a team. Parts add up: the gates of any team follow from the parts of its anal
 comes or goes needs nobody's text again.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,14 @@ def gate_inputs(
 
 def sums_file(moe: Path, role: str) -> Path:
     return moe / FOLDER / f"{role}.safetensors"
+
+
+def copy_sums(moe: Path, target: Path) -> list[str]:
+    """Copy the sums of the team in `moe`, if it has some, to another folder; returns the names of what was copied."""
+    if not (moe / FOLDER).is_dir():
+        return []
+    shutil.copytree(moe / FOLDER, target / FOLDER, dirs_exist_ok=True)
+    return [FOLDER]
 
 
 def save_sums(sums: RouterSums, path: Path) -> None:
