@@ -5,8 +5,7 @@
     accelerate launch recipes/instruct_tune.py --config recipes/sample/instruct_tune_dense.yaml
 
 Reads RUN_DIR/data and RUN_DIR/moe (or the dense base), writes RUN_DIR/moe-instruct (or RUN_DIR/dense-instruct): the
-adapter merged into the model, with the base's tokenizer, chat template and generation config. The loss is on the
-answers only.
+adapter merged into the model, with the base's companion files. The loss is on the answers only.
 
 `--start_from expert --role ROLE` tunes RUN_DIR/experts/ROLE by itself, on the same rows in its own order, and writes
 RUN_DIR/experts-instruct/ROLE. When all experts are tuned, scripts/join_experts.py makes RUN_DIR/moe-instruct of them.
@@ -107,8 +106,9 @@ class TuneArguments(DatasetArguments, RunArguments):
     def limits(self, tasks: Tasks) -> dict[str, int | None]:
         of_task = self.rows_of_task
         try:
-            own = yaml.safe_load(of_task) if isinstance(of_task, str) else of_task
-            return row_limits(tasks, self.rows_per_task, own)
+            return row_limits(
+                tasks, self.rows_per_task, yaml.safe_load(of_task) if isinstance(of_task, str) else of_task
+            )
         except yaml.YAMLError:
             raise InputError(f"rows_of_task is {of_task!r}; write it as '{{stock_movement: 160}}'.") from None
 
@@ -243,8 +243,8 @@ def main() -> None:
         about = about_tasks(tasks) | ({"team": record["team"]} if team else {})
         keep += copy_sums(start, work)
         runs.finish(target, {**about, "results": results}, keep=keep)
-        agree = f"merged and adapter outputs agree to {results['merge_difference']:.0e}"
-        print(f"{target}: tuned on {results['rows_seen']} rows; {agree}")
+        off = results["merge_difference"]
+        print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter outputs agree to {off:.0e}")
     end(trainer)
 
 
