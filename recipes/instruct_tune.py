@@ -36,7 +36,6 @@ from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.routing import RoutingCallback
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint
-from finteam_experts.merging.sums import copy_sums
 from finteam_experts.models import as_chats, check_base, load_tokenizer, local_folder, read_config
 from finteam_experts.training.arguments import BaseModelConfig, RunArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora, tuning_results
@@ -241,7 +240,6 @@ def main() -> None:
     if trainer.is_world_process_zero():
         results["merge_difference"], keep = merge_trained(trainer, start, work)
         about = about_tasks(tasks) | ({"team": record["team"]} if team else {})
-        keep += copy_sums(start, work)
         runs.finish(target, {**about, "results": results}, keep=keep)
         off = results["merge_difference"]
         print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter outputs agree to {off:.0e}")

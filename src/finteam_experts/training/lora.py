@@ -15,6 +15,7 @@ from finteam_experts import runs
 from finteam_experts.errors import InputError
 from finteam_experts.families import is_moe
 from finteam_experts.merging.adapters import merge_adapter
+from finteam_experts.merging.sums import copy_sums
 from finteam_experts.models import COMPANION_FILES, MLP_MODULES, read_config
 from finteam_experts.training import checkpoints, cpu
 from finteam_experts.training.arguments import BaseModelConfig, RunArguments
@@ -124,7 +125,8 @@ def merge_trained(trainer: SFTTrainer, model_folder: Path, work: Path) -> tuple[
     """
     _release(trainer)  # room for the merge
     difference = merge_adapter(model_folder, work / ADAPTER, work)
-    return difference, ["config.json", INDEX, *(file.name for file in weight_files(work)), *COMPANION_FILES]
+    kept = ["config.json", INDEX, *(file.name for file in weight_files(work)), *COMPANION_FILES]
+    return difference, kept + copy_sums(model_folder, work)
 
 
 def end(trainer: SFTTrainer) -> None:
