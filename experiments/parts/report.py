@@ -147,6 +147,8 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for way in (*LINES, *(f"replay-{share:g}" for share in parts.replay)):
         places = [n for n in range(1, last + 1) if all((way, n) in own for own in runs)]
+        if last not in places:
+            continue
         heights = [
             mean(average(own[way, n], fields[:n]) for own, fields in zip(runs, every, strict=True)) for n in places
         ]
