@@ -60,7 +60,7 @@ def check_sums(sums: RouterSums, source: Path, like: RouterSums) -> None:
         (layers, hidden), (own_layers, own_hidden) = like.targets.shape, sums.targets.shape
         raise InputError(
             f"{source} has sums of {own_layers} layers of {own_hidden}, and the team has {layers} layers of {hidden}. They are of "
-            "another model: scripts/router_sums.py computes them anew."
+            "another model. Compute them again: scripts/router_sums.py"
         )
     if sums.trunk != like.trunk:
         raise InputError(
