@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finteam_experts.threads import use_available_cores
+from finteam_experts.threads import use_available_cores  # before torch
 
 import numpy as np
 import torch

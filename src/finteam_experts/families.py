@@ -17,10 +17,6 @@ from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
 
 
-def _nothing(config: PretrainedConfig) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Family:
     dense_types: dict[str, str]  # `model_type` of the dense bases, and how people call them
@@ -33,7 +29,7 @@ class Family:
     # keys that readers of today and of transformers 4 look for, and the ones that transformers 5 writes instead
     older_keys: dict[str, str] = field(default_factory=dict)
     # what of a dense config the MoE has no place for, or None
-    refuses: Callable[[PretrainedConfig], str | None] = _nothing
+    refuses: Callable[[PretrainedConfig], str | None] = lambda dense: None
 
     def expert_tensor(self, layer: int | str, expert: int, matrix: str) -> str:
         """The name on disk of an expert's `gate_proj`, `up_proj` or `down_proj`."""
