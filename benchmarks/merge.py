@@ -27,16 +27,9 @@ from finteam_experts.merging.config import read_merge_config, trained_roles
 from finteam_experts.merging.layout import finish_folder
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, empty_model
 from finteam_experts.weights import StoredTensors, new_writer, size_of
+from shapes import SHAPES
 
 REPOSITORY = Path(__file__).parents[1]
-SHAPES = {  # SmolLM2-135M's, Llama-3.2-1B's and Llama-3.1-8B's
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-             "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
-}  # fmt: skip
 MIB = 2**20
 
 

@@ -90,12 +90,16 @@ def steps_of(args: argparse.Namespace, dense: PretrainedConfig) -> list[Step]:
     moe = families.family_of(dense).moe_config(dense, len(roles(merge)), merge.experts_per_token)
     found = []
     for title, name, config, times in (
+        ("1: the trunk", "instruct_tune_trunk", dense, 1),
         ("1: an expert", "train_expert", dense, len(trained_roles(merge))),
         ("3: the team", "instruct_tune_moe", moe, 1),
         ("3: the dense baseline", "instruct_tune_dense", dense, 1),
     ):
+        recipe = args.recipes / f"{name}.yaml"
+        if name == "instruct_tune_trunk" and not recipe.exists():
+            continue  # experts branch off from the base
         sharded = args.sharded and args.gpus > 1 and (args.shard_all or config is moe)
-        training = training_of(args.recipes / f"{name}.yaml", args, sharded=sharded)
+        training = training_of(recipe, args, sharded=sharded)
         found.append(Step(title, planning.shape(config, training.lora), training, times))
     return found
 
@@ -140,10 +144,11 @@ def print_steps(title: str, steps: list[Step], devices: Devices) -> list[str]:
 
 def print_disk(steps: list[Step]) -> float:
     """Print the GB of every folder of a run, in the two bytes per parameter of a bfloat16 base; returns their sum."""
-    expert, moe, dense = (step.model for step in steps)
-    count = steps[0].times
+    *trunk, expert, moe, dense = (step.model for step in steps)
+    count = steps[-3].times
     folders = {
         "base": 2 * dense.total,
+        **{"trunk": 2 * model.total for model in trunk},
         f"adapters, {count}": count * planning.FLOAT * expert.trainable,
         f"experts, {count}": count * 2 * dense.total,
         "moe": 2 * moe.total,

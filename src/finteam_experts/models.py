@@ -28,6 +28,8 @@ TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_FILE = (
     "generation_config.json",
 )
 COMPANION_FILES = (*TOKENIZER_FILES, TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_FILE)
+# What is fetched of a model: not every *.safetensors, since some repositories hold all weights a second time, consolidated
+MODEL_FILES = ("model.safetensors", "model-*.safetensors", INDEX, "config.json", *COMPANION_FILES)
 
 
 def local_folder(name: str) -> Path:
@@ -40,9 +42,7 @@ def local_folder(name: str) -> Path:
             "--base, or let scripts/make_base.py write RUN_DIR/base."
         )
     try:
-        # not every *.safetensors: some repositories hold all weights a second time, consolidated
-        patterns = ["model.safetensors", "model-*.safetensors", INDEX, "config.json", *COMPANION_FILES]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"the model '{name}' is not a folder here and could not be fetched from the Hub: {error}"

@@ -33,3 +33,11 @@ def test_merge(done_run, tmp_path, capsys):
     call("benchmarks/merge.py", "--run_dir", tmp_path / "merge", "--tokenizer", done_run / "base", "--shape", "135m")
     assert re.search(r"135m: wrote [\d.]+ GB in .*\npeak of its own memory \d+ MiB", capsys.readouterr().out)
     assert not (tmp_path / "merge").exists()
+
+
+def test_gpu(capsys):
+    small = ("--sequences", 2, "--tokens", 32, "--labelled", 4, "--new_tokens", 3, "--steps", 1)
+    call("benchmarks/gpu.py", "--shapes", "toy", *small)
+    printed = capsys.readouterr().out
+    assert printed.count("│ toy ") == 5
+    assert "GiB planned" in printed

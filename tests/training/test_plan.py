@@ -94,6 +94,14 @@ def test_plan_of_eight_gpus(plan, eight_billion, tmp_path):
     assert [path.name for path in eight_billion.iterdir()] == ["config.json"]
 
 
+def test_a_trunk_is_planned_where_there_is_a_recipe_for_it(plan, eight_billion, tmp_path):
+    _, without, _ = plan(eight_billion, "--gpus", 8, "--run_dir", tmp_path)
+    assert "trunk" not in without
+    _, printed, _ = plan(eight_billion, "--run_dir", tmp_path, recipes="recipes/qwen3-0.6b")
+    assert "1: the trunk" in printed
+    assert "│ trunk " in printed  # and its folder
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("experts", [0, 2, 3], ids=["dense", "two of three experts", "all three"])
 @pytest.mark.parametrize("targets", [LINEAR, LINEAR[4:]], ids=["all linear", "MLP"])
