@@ -6,8 +6,9 @@
 Reads RUN_DIR/data and RUN_DIR/base unless --data_dir and --base name others, writes RUN_DIR/adapters/ROLE. The LoRA is
 on the MLP alone: that is all that becomes an expert of the MoE. Any TRL setting can be overridden on the command line.
 
-Without `learn_from` it learns from the corpus alone (next-token loss, packed). `learn_from` mixes corpus, conversations
-and the role's tasks in shares of the rows; the loss is on all of a passage, and on the answer of everything else.
+Without `learn_from` it learns from the corpus alone (next-token loss, packed). `learn_from` mixes corpus, the role's
+conversations, general ones and the role's tasks in shares of the rows; the loss is on all of a passage, and on the answer of
+everything else.
 
 `--corpus FILES` streams the role's text from elsewhere, without a copy of it on this disk or in memory.
 
@@ -27,7 +28,7 @@ from trl import SFTConfig
 from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
 from finteam_experts.data import leaks
-from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
+from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, read_chats
 from finteam_experts.data.files import check_passages, corpus_file, read_corpus, task_file, tasks_of
 from finteam_experts.data.streams import describe, stream_corpus
 from finteam_experts.data.tasks import prompting
@@ -51,7 +52,7 @@ from finteam_experts.training.rows import (
     text_examples,
 )  # fmt: skip
 
-PARTS = ("corpus", "chats", "tasks")
+PARTS = ("corpus", "chats", "general", "tasks")
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 
@@ -69,8 +70,12 @@ class ExpertArguments(DatasetArguments, RunArguments):
     learn_from: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Shares of the rows, as {corpus: 0.2, chats: 0.4, tasks: 0.4}. Default: the corpus alone, packed."
+            "help": "Shares of the rows, as {corpus: 0.2, chats: 0.4, tasks: 0.4}; else the corpus alone, packed."
         },
+    )
+    steps_per_task: int | None = field(
+        default=None,
+        metadata={"help": "Take so many steps for each task of the role, one at least. max_steps goes before it."},
     )
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
@@ -96,11 +101,16 @@ class ExpertArguments(DatasetArguments, RunArguments):
             return
         self.learn_from = {part: share / sum(shares.values()) for part, share in shares.items()}
 
+    def set_steps(self, training_args: SFTConfig, roles: list[str]) -> None:
+        """Set the steps of this training from `steps_per_task`, unless its own settings say how many."""
+        if self.steps_per_task and training_args.max_steps < 1:
+            tasks = sum(task.role in roles for task in tasks_of(self.data).values())
+            training_args.max_steps = self.steps_per_task * max(1, tasks)
+
     def roles(self) -> list[str]:
         """The roles whose corpora are trained on."""
-        merge_config = Path(self.merge_config)
-        shared = self.role == SHARED
-        return trained_roles(read_merge_config(merge_config)) if shared else [check_role(self.role, merge_config)]
+        merge = Path(self.merge_config)
+        return trained_roles(read_merge_config(merge)) if self.role == SHARED else [check_role(self.role, merge)]
 
 
 def role_text(
@@ -146,14 +156,15 @@ def role_rows(
     leaks.check_chats(data, chat_roles(data))
     passages = read_corpus(data, role)
     check_passages(data, role, passages)  # the router will need them, whatever the expert learns from
-    parts: dict[str, list[Example]] = {"corpus": [], "chats": [], "tasks": []}
+    parts = {part: list[Example]() for part in PARTS}
     hashes: dict[str, object] = {}
     if "corpus" in args.learn_from:
         parts["corpus"] = text_examples(form, passages, role, longest)
         hashes["corpus"] = file_hash(corpus_file(data, role))
-    if "chats" in args.learn_from and role in chat_roles(data):
-        parts["chats"] = conversation_examples(form, read_chats(data, role), role)
-        hashes["chats"] = file_hash(chat_file(data, role))
+    for part, whose in (("chats", role), (GENERAL, GENERAL)):
+        if part in args.learn_from and whose in chat_roles(data):
+            parts[part] = conversation_examples(form, read_chats(data, whose), whose)
+            hashes[part] = file_hash(chat_file(data, whose))
     if "tasks" in args.learn_from:
         parts["tasks"] = task_examples(data, tasks, form, seed, dict.fromkeys(tasks), hold_out=False)
         hashes["tasks"] = {name: file_hash(task_file(data, name, "train")) for name in tasks}
@@ -165,19 +176,18 @@ def role_rows(
         hashes["datasets"] = args.described()
     found = {part: parts[part] for part in args.learn_from if parts[part]}
     if not found:
-        raise InputError(
-            f"{data} has no {' and no '.join(args.learn_from)} of the role {role}: nothing to learn from."
-        )
+        raise InputError(f"{data} has nothing for {', '.join(args.learn_from)} of learn_from and the role {role}.")
     if missing := [part for part in args.learn_from if part not in found]:
-        print(f"{data} has no {' and no '.join(missing)} of the role {role}: it learns from {', '.join(found)}")
+        print(f"{data} has nothing for {', '.join(missing)}: {role} learns from {', '.join(found)}")
     return in_shares(found, args.learn_from, longest, seed), hashes
 
 
 def main() -> None:
     args, training_args, model_args = parse((ExpertArguments, SFTConfig, BaseModelConfig))
     use_available_cores()
-    args.share_batch(training_args)
     roles, shared, run_dir = args.roles(), args.role == SHARED, Path(args.run_dir)
+    args.set_steps(training_args, roles)
+    args.share_batch(training_args)
     base = local_folder(model_args.model_name_or_path or str(run_dir / "base"))
     config, tokenizer = check_base(base), load_tokenizer(base)
     model_args.check_lora(config, allowed=None if shared else MLP_MODULES)

@@ -71,7 +71,9 @@ def training_of(path: Path, args: argparse.Namespace, *, sharded: bool) -> Train
         accumulation = rows_per_step // (batch * args.gpus)
     packed, steps = recipe["packing"], recipe["max_steps"]
     tokens = recipe["max_length"] if packed else args.row_tokens
-    if steps < 0:
+    if steps < 0 and (each := recipe.get("steps_per_task")):
+        steps = round(each * len(default_tasks()) / len(trained_roles(read_merge_config(args.merge_config))))
+    elif steps < 0:
         limits = row_limits(default_tasks(), recipe.get("rows_per_task"), recipe.get("rows_of_task")).values()
         rows = args.rows if None in limits else sum(limits)
         steps = round(recipe["num_train_epochs"] * rows / (batch * accumulation * args.gpus))
@@ -148,7 +150,7 @@ def print_disk(steps: list[Step]) -> float:
     count = steps[-3].times
     folders = {
         "base": 2 * dense.total,
-        **{"trunk": 2 * model.total for model in trunk},
+        **({"trunk": 2 * dense.total} if trunk else {}),
         f"adapters, {count}": count * planning.FLOAT * expert.trainable,
         f"experts, {count}": count * 2 * dense.total,
         "moe": 2 * moe.total,

@@ -118,11 +118,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--kills", type=int, default=20, help="of each step")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="which (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        wrong = [problem for name in STEPS for problem in drill(name, args.run_dir, Path(folder), args.kills, rng)]
+        wrong = [
+            problem for name in args.steps for problem in drill(name, args.run_dir, Path(folder), args.kills, rng)
+        ]
     sys.exit("\n".join(wrong) or 0)
 
 

@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 from comparison import read_comparison
 from conftest import REPOSITORY, call, load_script, shell
+from finteam_experts.data.tasks import default_tasks
 from finteam_experts.training.arguments import BaseModelConfig, parse
 
 RECIPES = sorted({*REPOSITORY.glob("recipes/*/*.yaml")} - {*REPOSITORY.glob("recipes/accelerate/*")})
@@ -156,7 +157,7 @@ def test_the_samples_dense_model_has_the_steps_and_rows_of_experts_and_team():
     expert, moe, dense = (
         recipe(f"sample/{name}.yaml") for name in ("train_expert", "instruct_tune_moe", "instruct_tune_dense")
     )
-    assert dense["max_steps"] == 3 * expert["max_steps"] + moe["max_steps"]
+    assert dense["max_steps"] == len(default_tasks()) * expert["steps_per_task"] + moe["max_steps"]
     for key in ("per_device_train_batch_size", "lora_r", "lora_alpha", "balance_rows"):
         assert expert[key] == moe[key] == dense[key]
 

@@ -268,8 +268,14 @@ def _interrupt(*args, **kwargs):
 
 
 @pytest.mark.slow
-def test_a_step_that_is_killed_ends_as_if_it_had_not_been(done_run):
-    drill = [sys.executable, REPOSITORY / "tests/kill_drill.py", done_run, "--kills", "4"]
+@pytest.mark.parametrize(
+    ("complete", "steps"),
+    [("done_run", []), ("qwen3_run", ["--steps", "merge", "router", "team"])],
+    ids=["llama", "qwen3"],
+)
+def test_a_step_that_is_killed_ends_as_if_it_had_not_been(request, complete, steps):
+    run_dir = request.getfixturevalue(complete)
+    drill = [sys.executable, REPOSITORY / "tests/kill_drill.py", run_dir, "--kills", "4", *steps]
     ended = subprocess.run(drill, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("4 ended as if not killed") == 8
+    assert ended.stdout.count("4 ended as if not killed") == (len(steps) - 1 if steps else 8)

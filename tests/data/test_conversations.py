@@ -135,19 +135,21 @@ def test_a_directory_with_conversations_alone(talking_run):
 def test_an_expert_learns_from_its_corpus_conversations_and_tasks(talking_run, capsys):
     (talking_run / "adapters/macro").rename(talking_run / "adapters/before")
     train_expert(talking_run, "macro")
-    assert {"corpus", "chats", "tasks"} <= set(read_record(talking_run / "adapters/macro")["inputs"]["corpus"])
+    assert {"corpus", "chats", "general", "tasks"} <= set(
+        read_record(talking_run / "adapters/macro")["inputs"]["corpus"]
+    )
     chat_file(talking_run / "data", "macro").unlink()
     (talking_run / "adapters/macro").rename(talking_run / "adapters/all")
     train_expert(talking_run, "macro")
-    assert "has no chats of the role macro: it learns from corpus, tasks" in capsys.readouterr().out
+    assert "has nothing for chats: macro learns from corpus, general, tasks" in capsys.readouterr().out
     (talking_run / "adapters/macro").rename(talking_run / "adapters/less")
-    with pytest.raises(InputError, match="has no chats of the role macro: nothing to learn from"):
+    with pytest.raises(InputError, match="has nothing for chats of learn_from and the role macro"):
         train_expert(talking_run, "macro", "--learn_from", "{chats: 1}")
 
 
 @pytest.mark.parametrize("shares", ["{poems: 1}", "{corpus: 0}", "[corpus]", "{corpus: much}", "{corpus: 0.2"])
 def test_shares_that_an_expert_cannot_learn_in(new_run, shares):
-    with pytest.raises(InputError, match="it gives corpus, chats, tasks, or some of them, a share above 0"):
+    with pytest.raises(InputError, match="it gives corpus, chats, general, tasks, or some of them, a share above 0"):
         train_expert(new_run, "macro", "--learn_from", shares)
 
 

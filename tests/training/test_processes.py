@@ -107,6 +107,12 @@ runpy.run_path("{script}", run_name="__main__")
 """
 
 
+@pytest.fixture(params=["done_run", "qwen3_run"], ids=["llama", "qwen3"])
+def team_run(request, tmp_path):
+    """A copy of a run whose team is complete, in each family."""
+    return shutil.copytree(request.getfixturevalue(request.param), tmp_path / "run")
+
+
 def assert_same_training(one, other, before):
     """The weights of two trainings are close to each other, and far from those they began with."""
     assert one.keys() == other.keys()
@@ -128,12 +134,12 @@ def test_expert_of_two_processes_equals_that_of_one(new_run, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["moe", "dense"])
-def test_model_tuned_by_two_processes_equals_that_of_one(copied_run, tmp_path, what):
+def test_model_tuned_by_two_processes_equals_that_of_one(team_run, tmp_path, what):
     target = f"{what}-instruct"  # without the auxiliary loss: it is a mean of each process's own tokens
-    shutil.rmtree(copied_run / target)
-    other = shutil.copytree(copied_run, tmp_path / "other")
+    shutil.rmtree(team_run / target, ignore_errors=True)
+    other = shutil.copytree(team_run, tmp_path / "other")
     instruct_tune(
-        copied_run,
+        team_run,
         what,
         *FAST,
         "--router_aux_loss_coef",
@@ -148,19 +154,19 @@ def test_model_tuned_by_two_processes_equals_that_of_one(copied_run, tmp_path, w
     assert ended.returncode == 0, ended.stderr[-2000:]
     start = "moe" if what == "moe" else "base"
     before, one, two = (
-        load_model(folder).state_dict() for folder in (copied_run / start, copied_run / target, other / target)
+        load_model(folder).state_dict() for folder in (team_run / start, team_run / target, other / target)
     )
     assert_same_training(one, two, before)
-    one, two = (read_record(run / target)["results"] for run in (copied_run, other))
+    one, two = (read_record(run / target)["results"] for run in (team_run, other))
     assert (one["rows_seen"], one["train_tokens"]) == (two["rows_seen"], two["train_tokens"])
 
 
-def test_team_in_pieces_on_two_processes_equals_that_of_one(copied_run, tmp_path):
+def test_team_in_pieces_on_two_processes_equals_that_of_one(team_run, tmp_path):
     """FSDP2 with a LoRA on fused experts and a trained router: the same weights, saved as one process reads them."""
-    shutil.rmtree(copied_run / "moe-instruct")
-    config = copied_run / "moe/config.json"  # with one expert per token a router gets no gradient
+    shutil.rmtree(team_run / "moe-instruct")
+    config = team_run / "moe/config.json"  # with one expert per token a router gets no gradient
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts_per_tok": 2}))
-    other = shutil.copytree(copied_run, tmp_path / "other")
+    other = shutil.copytree(team_run, tmp_path / "other")
     common = (
         "--router_aux_loss_coef",
         0,  # it is a mean of each process's tokens, so no two numbers of processes have the same
@@ -173,13 +179,13 @@ def test_team_in_pieces_on_two_processes_equals_that_of_one(copied_run, tmp_path
         "--model_init_kwargs",
         "{}",
     )
-    instruct_tune(copied_run, "moe", *FAST, *common, "--per_device_train_batch_size", 4)
+    instruct_tune(team_run, "moe", *FAST, *common, "--per_device_train_batch_size", 4)
     ended = launch(2, "instruct_tune.py", "instruct_tune_moe", "--run_dir", other, *common,
                    "--per_device_train_batch_size", 2, instead=AS_FSDP2)  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     before, one, two = (
         load_model(folder).state_dict()
-        for folder in (copied_run / "moe", copied_run / "moe-instruct", other / "moe-instruct")
+        for folder in (team_run / "moe", team_run / "moe-instruct", other / "moe-instruct")
     )
     assert_same_training(one, two, before)
     gate = "model.layers.0.mlp.gate.weight"

@@ -214,3 +214,12 @@ def test_two_processes_under_accelerate(new_run):
     assert results["steps"] == 4
     assert not list((new_run / "adapters").glob("*.incomplete"))
     assert "cut off" not in ended.stdout
+
+
+def test_an_expert_takes_its_steps_for_each_of_its_tasks(new_run):
+    own = ("--steps_per_task", 2, "--max_steps", -1)
+    for role, tasks in (("macro", 1), ("micro", 2)):
+        train_expert(new_run, role, *own)
+        assert read_record(new_run / f"adapters/{role}")["results"]["steps"] == 2 * tasks
+    train_expert(new_run, "quant", *own, "--max_steps", 3)  # says how many
+    assert read_record(new_run / "adapters/quant")["results"]["steps"] == 3
