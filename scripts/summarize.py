@@ -21,6 +21,7 @@ from rich.table import Table
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, run
+from finteam_experts.evaluation.answers import SCORES
 from finteam_experts.evaluation.labels import greedy_answers
 from finteam_experts.evaluation.routing import expert_shares
 from finteam_experts.files import read_json, write_text
@@ -78,13 +79,12 @@ def task_table(evaluation: dict[str, Any], models: list[str]) -> Table:
 def answer_table(evaluation: dict[str, Any], models: list[str]) -> Table:
     """What the models do with held-out conversations, all roles together."""
     table = Table("model", title="Answers to held-out conversations, mean over roles")
-    columns = {"nats": "nats per token", "rouge_l": "ROUGE-L", "bare": "bare labels", "unsupported": "with a wrong figure",
-               "words": "words"}  # fmt: skip
-    for title in columns.values():
+    for title in SCORES.values():
         table.add_column(title, justify="right")
     for name in models:
         parts = evaluation["models"][name]["answers"].values()
-        table.add_row(name, *(f"{np.mean([part[key] for part in parts]):.2f}" for key in columns))
+        columns = [[part[key] for part in parts if part[key] is not None] for key in SCORES]
+        table.add_row(name, *(f"{np.mean(own):.2f}" if own else "-" for own in columns))
     return table
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import form_of
-from finteam_experts.evaluation.answers import answer_losses, score_answers, unsupported_figures
+from finteam_experts.evaluation.answers import answer_losses, repeats_itself, score_answers, unsupported_figures
 from finteam_experts.models import load_model
 
 
@@ -42,7 +42,34 @@ def test_scores_are_means_with_standard_errors(done_run, monkeypatch):
     conversations = [([{"role": "user", "content": "Sales rose to 235 from 191."}], "Sales rose by 44.")] * 4
     scores = score_answers(model, form, conversations, ["positive", "negative"])
     assert (scores["n"], scores["bare"], scores["unsupported"]) == (4, 0.5, 0.25)
+    assert (scores["read"], scores["computed"], scores["repeats"]) == (None, 0.25, 0)  # 44 is in no question
     assert scores["words"] == (4 + 1 + 0 + 4) / 4
     assert scores["rouge_l"] == pytest.approx((1 + 0 + 0 + 0.5) / 4)  # of four words, "Sales rose" is common
     assert scores["bare_stderr"] == pytest.approx(((4 * 0.25) / 3) ** 0.5 / 2)
     assert scores["nats_stderr"] == pytest.approx(0, abs=1e-6)
+
+
+def test_figures_of_the_question_are_to_be_read_and_others_computed(done_run, monkeypatch):
+    model, form = load_model(done_run / "base"), form_of(done_run / "base")
+    written = ["Sales of 1,235 are above 191 by 1,044.", "To 1235 from 200, or 1044.", "They rose."]
+    monkeypatch.setattr("finteam_experts.evaluation.answers.greedy_answers", lambda *_, **__: written)
+    asked = [{"role": "user", "content": "Sales rose to 1,235 from 191."}]
+    given = ["To 1,235 from 191, that is by 1,044.", "To 1,235 from 191.", "They rose."]
+    scores = score_answers(model, form, [(asked, one) for one in given], [])
+    assert scores["read"] == (2 / 2 + 1 / 2) / 2
+    assert scores["computed"] == 1
+    assert scores["computed_stderr"] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "repeats"),
+    [
+        ("A beta above one moves more than the market.", False),
+        ("The share rose by 3 percent. The index rose by 2 percent.", False),
+        ("It moves more than the market. It moves more than the market does.", True),
+        ("up up up up up up up", True),
+        ("", False),
+    ],
+)
+def test_an_answer_that_repeats_itself(answer, repeats):
+    assert repeats_itself(answer) == repeats

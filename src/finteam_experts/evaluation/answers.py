@@ -23,18 +23,24 @@ SCORES = {  # of one answer, and of a model their mean over answers
     "rouge_l": "ROUGE-L",
     "bare": "bare label or empty",
     "unsupported": "with an unsupported figure",
+    "read": "figures read right",
+    "computed": "figures computed right",
+    "repeats": "repeats itself",
     "words": "words",
 }
+REPEATED_WORDS = 6  # a run of so many words that comes twice
 # Lin 2004, https://aclanthology.org/W04-1013: the longest common subsequence of words
 _ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def score_answers(
     model: torch.nn.Module, form: ChatFormat, conversations: list[Conversation], labels: Collection[str]
-) -> dict[str, float | int | list[str]]:
+) -> dict[str, float | int | list[str] | None]:
     """The mean of each of `SCORES` over the conversations with its standard error, and what the model wrote.
 
-    `labels` are those of tasks: an answer that is one of them, or empty, is no answer to a question.
+    `labels` are those of tasks: an answer that is one of them, or empty, is no answer to a question. Of the given answer's figures,
+    those that the question has are to be read and the others to be computed. Right are those that the model writes too; the mean
+    is over the answers that have such figures, `None` if none has.
     """
     written = greedy_answers(model, form, [turns for turns, _ in conversations], max_new_tokens=MAX_NEW_TOKENS)
     names = {label.lower() for label in labels}
@@ -44,13 +50,17 @@ def score_answers(
         values["rouge_l"].append(_ROUGE.score(given, answer)["rougeL"].fmeasure)
         values["bare"].append(answer.strip().rstrip(".").lower() in names | {""})
         values["unsupported"].append(bool(unsupported_figures(question, answer)))
+        values["repeats"].append(repeats_itself(answer))
         values["words"].append(len(answer.split()))
+        asked, own = _figures(question), _figures(answer)
+        for name, wanted in (("read", _figures(given) & asked), ("computed", _figures(given) - asked)):
+            values[name] += [len(wanted & own) / len(wanted)] if wanted else []
     values["nats"] = answer_losses(model, form, conversations)
-    result: dict[str, float | int | list[str]] = {"n": len(conversations), "written": written}
+    result: dict[str, float | int | list[str] | None] = {"n": len(conversations), "written": written}
     for name, own in values.items():
         column = np.array(own, dtype=float)
         error = column.std(ddof=1) / len(column) ** 0.5 if len(column) > 1 else 0.0
-        result |= {name: float(column.mean()), f"{name}_stderr": float(error)}
+        result |= {name: float(column.mean()) if own else None, f"{name}_stderr": float(error)}
     return result
 
 
@@ -90,6 +100,17 @@ def unsupported_figures(question: str, answer: str) -> list[str]:
         if not any(abs(abs(value) - _value(text)) <= 0.5000001 * 10**-digits for value in candidates):
             found.append(text)
     return found
+
+
+def repeats_itself(answer: str) -> bool:
+    """Whether a run of `REPEATED_WORDS` words comes twice in an answer."""
+    words = re.findall(r"\w+", answer.lower())
+    runs = [tuple(words[at : at + REPEATED_WORDS]) for at in range(len(words) - REPEATED_WORDS + 1)]
+    return len(set(runs)) < len(runs)
+
+
+def _figures(text: str) -> set[float]:
+    return set(map(_value, NUMBER.findall(text)))
 
 
 def _value(text: str) -> float:
