@@ -25,7 +25,7 @@ from finteam_experts.weights import open_tensors
 
 FOLDER = "router_sums"  # of an MoE: one file for each analyst
 SUMS = "router_sums.safetensors"  # of a dense expert
-TOKENS_PER_ROLE = 6000
+TOKENS_PER_ROLE = 12000
 RIDGE = 0.01  # the penalty, as a share of the mean diagonal of X'X
 GENERAL_WEIGHT = 1 / 3  # of general text beside the analyst's own: three analysts together weigh it as one of them
 
