@@ -4,11 +4,11 @@
 # training and generation at the shapes of 1B and 8B bases. Under ten minutes by its design; not yet run on a GPU.
 #
 #   bash benchmarks/gpu.sh outputs/gpu                            # H100
-#   bash benchmarks/gpu.sh outputs/gpu --tflops 312               # A100; options of benchmarks/gpu.py
+#   bash benchmarks/gpu.sh outputs/gpu 312                        # A100: its bfloat16 peak in TFLOPS
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-run_dir=$1
+run_dir=$1 tflops=${2:-989}
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv 2> /dev/null || echo "no GPU: this takes an hour"
 date
 
@@ -25,4 +25,4 @@ for type in bf16 fp32; do
   train instruct_tune instruct_tune_dense --base "$run_dir/$type/base" --bf16 "$bf16"
   run evaluate --models base dense-instruct moe-instruct --limit 60 --chats 0 "$scoring"
 done
-python "$here/benchmarks/gpu.py" "${@:2}"
+python "$here/benchmarks/gpu.py" --tflops "$tflops"

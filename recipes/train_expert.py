@@ -74,8 +74,7 @@ class ExpertArguments(DatasetArguments, RunArguments):
         },
     )
     steps_per_task: int | None = field(
-        default=None,
-        metadata={"help": "Take so many steps for each task of the role, one at least. max_steps goes before it."},
+        default=None, metadata={"help": "With learn_from: steps for each task of the role, if max_steps is not set."}
     )
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
@@ -103,7 +102,7 @@ class ExpertArguments(DatasetArguments, RunArguments):
 
     def set_steps(self, training_args: SFTConfig, roles: list[str]) -> None:
         """Set the steps of this training from `steps_per_task`, unless its own settings say how many."""
-        if self.steps_per_task and training_args.max_steps < 1:
+        if self.learn_from and self.steps_per_task and training_args.max_steps < 1:
             tasks = sum(task.role in roles for task in tasks_of(self.data).values())
             training_args.max_steps = self.steps_per_task * max(1, tasks)
 
