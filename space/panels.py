@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page shows of an answer, as HTML. All text that a visitor or the model wrote is escaped."""
 
+from collections import Counter
+from collections.abc import Iterator
 from difflib import SequenceMatcher
 from html import escape
 from itertools import groupby
@@ -48,12 +50,12 @@ DOWNLOAD = """record => {
 
 
 def answer_html(answer: Answer, members: Members, *, done: bool = False) -> str:
-    """The answer; once it is complete, each run of tokens underlined in the colour of the analyst that carried it."""
+    """The answer; once it is complete, each run of words underlined in the colour of the analyst that carried it."""
     figures = [(found.start(), found.end(), found.group()) for found in NUMBER.finditer(answer.text)] if done else []
     kinds = [(low, high, "foreign" if number in answer.foreign_numbers else "given") for low, high, number in figures]
     if answer.tokens:
         body, start = "", 0
-        for carrier, pieces in groupby(answer.tokens, key=lambda token: token[1]):
+        for carrier, pieces in groupby(words(answer.tokens), key=lambda word: word[1]):
             member, text = members[carrier], "".join(piece for piece, _ in pieces)
             body += (
                 f'<span class="run" style="--analyst: {escape(member["color"])}" title="{escape(member["title"])}">'
@@ -69,6 +71,20 @@ def answer_html(answer: Answer, members: Members, *, done: bool = False) -> str:
     if done:
         html += '<p class="note">Written by an AI. Not financial advice.</p>'
     return html
+
+
+def words(tokens: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """The words of an answer, each with the space before it and the analyst that carried most of its letters."""
+    parts: list[list[tuple[str, int]]] = []
+    for piece, carrier in tokens:
+        if not parts or piece[:1].isspace() or parts[-1][-1][0][-1:].isspace():
+            parts.append([])
+        parts[-1].append((piece, carrier))
+    for part in parts:
+        letters: Counter[int] = Counter()
+        for piece, carrier in part:
+            letters[carrier] += len(piece.strip())
+        yield "".join(piece for piece, _ in part), letters.most_common(1)[0][0]
 
 
 def _marked(text: str, start: int, kinds: list[tuple[int, int, str]]) -> str:

@@ -183,13 +183,13 @@ def test_a_follow_up_sees_the_conversation_whose_oldest_exchanges_go_first(team_
     assert team_here.prompt([first, answer, second]) == team_here.prompt([second])
 
 
-def test_figures_of_an_answer_are_marked_also_across_analysts(team_here):
+def test_figures_of_an_answer_are_marked(team_here):
     panels = importlib.import_module("panels")
-    answer = importlib.import_module("team").Answer("From 19", [("From 1", 0), ("9 <to> 23.5", 1)], [], ["23.5"])
+    answer = importlib.import_module("team").Answer("", [("From 1", 0), ("9", 1), (" <to> 23.5", 1)], [], ["23.5"])
     answer.text = "From 19 <to> 23.5"
     html = panels.answer_html(answer, team_here.members, done=True)
-    assert '<span class="given">1</span></span>' in html
-    assert '<span class="given">9</span> &lt;to&gt; <span class="foreign">23.5</span>' in html
+    assert '<span class="given">19</span></span>' in html  # a figure is one analyst's
+    assert ' &lt;to&gt; <span class="foreign">23.5</span>' in html
     assert 'class="foreign"' not in panels.answer_html(answer, team_here.members)  # not before it is complete
 
 
@@ -198,3 +198,22 @@ def test_answers_side_by_side_mark_what_the_team_does_not_say(team_here):
     html = panels.columns_html([("The team", "", "Rates rise."), ("Macro", "#123", "Rates <b>fall</b>.")])
     assert "<p>Rates rise.</p>" in html
     assert '<p>Rates <span class="other">&lt;b&gt;fall&lt;/b&gt;.</span></p>' in html
+
+
+def test_a_word_has_one_analyst():
+    words = importlib.import_module("panels").words
+    tokens = [
+        ("B", 2),
+        ("read", 0),
+        (" costs", 0),
+        (" 4", 1),
+        (".", 1),
+        ("1", 0),
+        (" mn", 1),
+        (".\n", 0),
+        ("Why", 2),
+        ("", 1),
+    ]
+    expected = [("Bread", 0), (" costs", 0), (" 4.1", 1), (" mn.\n", 1), ("Why", 2)]
+    assert list(words(tokens)) == expected
+    assert list(words([])) == []
