@@ -73,8 +73,8 @@ def train(config: PretrainedConfig, lora: dict, args: argparse.Namespace) -> Ite
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     tokens = torch.randint(config.vocab_size, (args.sequences, args.tokens), device=device)
-    labels = torch.full_like(tokens, -100)
-    labels[:, -args.labelled :] = tokens[:, -args.labelled :]
+    labels = tokens[:, -args.labelled - 1 :].clone()  # of the kept logits: the first one's own token has none
+    labels[:, 0] = -100
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -82,7 +82,6 @@ def train(config: PretrainedConfig, lora: dict, args: argparse.Namespace) -> Ite
         optimizer.step()
         optimizer.zero_grad()
 
-    labels = labels[:, -args.labelled - 1 :]
     speed = tokens.numel() / seconds_of(step, args.steps)
     flops = planning.flops_per_token(shape, args.tokens, checkpointing=large)
     training = Training(

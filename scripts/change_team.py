@@ -35,7 +35,7 @@ from finteam_experts.merging.adapters import check_adapter, dense_expert
 from finteam_experts.merging.change import KINDS, changed_team, check_expert, check_sums, write_changed
 from finteam_experts.merging.gates import read_gates
 from finteam_experts.merging.sums import RIDGE, SUMS, RouterSums, load_sums, save_sums, solve_gates, sums_file
-from finteam_experts.models import ADAPTER_FILE, MODEL_FILES, local_folder
+from finteam_experts.models import ADAPTER_FILE, FETCHED_FILES, local_folder
 from finteam_experts.roles import team_card
 from finteam_experts.weights import size_of
 
@@ -53,7 +53,7 @@ def find_expert(args: argparse.Namespace) -> tuple[Path, Path]:
                 f"'{named}' is neither a folder nor a Hub id like 'owner/name'. Name the expert with --expert."
             )
         try:
-            wanted = [*MODEL_FILES, "adapter_config.json", ADAPTER_FILE, runs.RECORD, SUMS]
+            wanted = [*FETCHED_FILES, "adapter_config.json", ADAPTER_FILE, runs.RECORD, SUMS]
             folder = Path(snapshot_download(named, allow_patterns=wanted))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(

@@ -79,7 +79,7 @@ def answer_table(role: str, models: dict[str, Any]) -> Table:
         table.add_column(title, justify="right")
     for name, part in models.items():
         own = part["answers"][role]
-        cells = ("-" if own[key] is None else f"{own[key]:.2f} ± {own[f'{key}_stderr']:.2f}" for key in SCORES)
+        cells = ("-" if own.get(key) is None else f"{own[key]:.2f} ± {own[f'{key}_stderr']:.2f}" for key in SCORES)
         table.add_row(name, *cells)
     return table
 

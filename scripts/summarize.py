@@ -83,7 +83,7 @@ def answer_table(evaluation: dict[str, Any], models: list[str]) -> Table:
         table.add_column(title, justify="right")
     for name in models:
         parts = evaluation["models"][name]["answers"].values()
-        columns = [[part[key] for part in parts if part[key] is not None] for key in SCORES]
+        columns = [[part[key] for part in parts if part.get(key) is not None] for key in SCORES]
         table.add_row(name, *(f"{np.mean(own):.2f}" if own else "-" for own in columns))
     return table
 

@@ -29,7 +29,7 @@ TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_FILE = (
 )
 COMPANION_FILES = (*TOKENIZER_FILES, TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_FILE)
 # What is fetched of a model: not every *.safetensors, since some repositories hold all weights a second time, consolidated
-MODEL_FILES = ("model.safetensors", "model-*.safetensors", INDEX, "config.json", *COMPANION_FILES)
+FETCHED_FILES = ("model.safetensors", "model-*.safetensors", INDEX, "config.json", *COMPANION_FILES)
 
 
 def local_folder(name: str) -> Path:
@@ -42,7 +42,7 @@ def local_folder(name: str) -> Path:
             "--base, or let scripts/make_base.py write RUN_DIR/base."
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(FETCHED_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"the model '{name}' is not a folder here and could not be fetched from the Hub: {error}"
