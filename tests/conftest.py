@@ -169,26 +169,10 @@ def new_run(tmp_path, toy_base, toy_data) -> Path:
     return run_dir
 
 
-@pytest.fixture(scope="session")
-def qwen3_run(tmp_path_factory, make_base, toy_data) -> Path:
-    """A run on a toy Qwen3, up to the tuned team. Do not write into it, but for new folders."""
-    run_dir = tmp_path_factory.mktemp("qwen3") / "run"
-    shutil.copytree(make_base(config_class=Qwen3Config, head_dim=8), run_dir / "base")
-    shutil.copytree(toy_data, run_dir / "data")
-    for role in ROLES:
-        train_expert(run_dir, role)
-    call("scripts/merge_moe.py", "--run_dir", run_dir)
-    fit_router(run_dir)
-    instruct_tune(run_dir, "moe")
-    return run_dir
-
-
-@pytest.fixture(scope="session")
-def done_run(tmp_path_factory, toy_base, toy_data) -> Path:
-    """A run in which every step is complete. Do not write into it: use `copied_run`."""
-    run_dir = tmp_path_factory.mktemp("done") / "run"
-    shutil.copytree(toy_base, run_dir / "base")
-    shutil.copytree(toy_data, run_dir / "data")
+def complete_run(run_dir: Path, base: Path, data: Path) -> Path:
+    """Every step of the pipeline, shortened."""
+    shutil.copytree(base, run_dir / "base")
+    shutil.copytree(data, run_dir / "data")
     for role in ROLES:
         train_expert(run_dir, role)
     call("scripts/merge_moe.py", "--run_dir", run_dir)
@@ -198,6 +182,19 @@ def done_run(tmp_path_factory, toy_base, toy_data) -> Path:
     instruct_tune(run_dir, "dense")
     call("scripts/evaluate.py", "--run_dir", run_dir)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def done_run(tmp_path_factory, toy_base, toy_data) -> Path:
+    """A run in which every step is complete. Do not write into it: use `copied_run`."""
+    return complete_run(tmp_path_factory.mktemp("done") / "run", toy_base, toy_data)
+
+
+@pytest.fixture(scope="session")
+def qwen3_run(tmp_path_factory, make_base, toy_data) -> Path:
+    """The same on a toy Qwen3. Do not write into it, but for new folders."""
+    base = make_base(config_class=Qwen3Config, head_dim=8)
+    return complete_run(tmp_path_factory.mktemp("qwen3") / "run", base, toy_data)
 
 
 @pytest.fixture(scope="session")

@@ -74,9 +74,7 @@ def test_it_is_saved_as_it_was_loaded(qwen3_run, tmp_path):
         assert torch.equal(load_model(tmp_path)(tokens).logits, model(tokens).logits)
 
 
-def test_it_is_evaluated_and_it_changes(qwen3_run):
-    call("scripts/evaluate.py", "--run_dir", qwen3_run, "--models", "base", "moe-instruct", "--limit", "4")
-    assert (qwen3_run / "reports/evaluation.json").is_file()
+def test_it_changes(qwen3_run):
     call("scripts/change_team.py", "remove", "micro", "--run_dir", qwen3_run, "--limit", "4")
     assert read_gates(qwen3_run / "moe-remove-micro").shape == (2, 2, 32)
     assert load_model(qwen3_run / "moe-remove-micro").config.num_local_experts == 2

@@ -58,10 +58,9 @@ print("ENDED", json.dumps(ended))
 """
 
 
-@pytest.fixture(scope="module")
-def run_with_secrets(tmp_path_factory, done_run):
-    """A complete run whose cards' snippets have been run, among files that are nobody's business."""
-    run_dir = shutil.copytree(done_run, tmp_path_factory.mktemp("publish") / "run")
+def with_secrets(run, tmp_path_factory):
+    """A copy of a complete run whose cards' snippets have been run, among files that are nobody's business."""
+    run_dir = shutil.copytree(run, tmp_path_factory.mktemp("publish") / "run")
     for part in ("moe", "moe-instruct", "adapters/macro"):
         (run_dir / part / ".env").write_text("TOKEN=secret")
         (run_dir / part / "optimizer.pt").write_bytes(b"secret")
@@ -76,13 +75,21 @@ def run_with_secrets(tmp_path_factory, done_run):
     return run_dir
 
 
-@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["lfs", "xet"])
-def published(request, tmp_path_factory, run_with_secrets, toy_base):
-    with LocalHub(tmp_path_factory.mktemp("hub") / "hub", xet=request.param) as hub:
-        hub.put("models", "owner/toy", toy_base)
-        [(code, _, errors)] = publish(run_with_secrets, hub, (OWNER, []))
+@pytest.fixture(scope="module")
+def run_with_secrets(tmp_path_factory, done_run):
+    return with_secrets(done_run, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=["lfs", "qwen3", pytest.param("xet", marks=pytest.mark.slow)])
+def published(request, tmp_path_factory, run_with_secrets):
+    run_dir = run_with_secrets
+    if request.param == "qwen3":
+        run_dir = with_secrets(request.getfixturevalue("qwen3_run"), tmp_path_factory)
+    with LocalHub(tmp_path_factory.mktemp("hub") / "hub", xet=request.param == "xet") as hub:
+        hub.put("models", "owner/toy", run_dir / "base")
+        [(code, _, errors)] = publish(run_dir, hub, (OWNER, []))
         assert code == 0, errors
-        yield hub, run_with_secrets
+        yield hub, run_dir
 
 
 @pytest.fixture

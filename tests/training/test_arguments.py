@@ -42,6 +42,7 @@ TASKS = default_tasks()
         (("--use_peft", "false"), "use_peft is false"),
         (("--max_length", "2048"), "max_length is 2048 tokens, and the model has 512 positions"),
         (("--rows_per_step", "0"), "rows_per_step is 0"),
+        (("--lr_scheduler_kwargs", "{num_decay_steps: 1}"), "value {num_decay_steps: 1} is not JSON: .*double quotes"),
     ],
 )
 @pytest.mark.parametrize("recipe", ["expert", "dense"])

@@ -166,17 +166,16 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
             parser.set_defaults(bf16=has_bf16_units())
         *parsed, unknown = parser.parse_args_and_config(return_remaining_strings=True)
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(str(error)) from None
+        given = getattr(error, "doc", None)  # of a JSONDecodeError, which names no key
+        raise InputError(f"the value {given} is not JSON: {error}." if given else str(error)) from None
     if unknown:
         known = {*fields, "base", "config"}
         raise InputError(f"unknown argument '{unknown[0]}'.{nearest(unknown[0].lstrip('-').split('=')[0], known)}")
     for arguments in parsed:
         if isinstance(arguments, SFTConfig | ModelConfig):
             _check_settings(arguments)
-        if isinstance(arguments, SFTConfig):
-            PartialState(
-                cpu=arguments.use_cpu
-            )  # created early, so that it picks the CPU backend where the recipe asks for it
+        if isinstance(arguments, SFTConfig):  # created early: it picks the CPU backend where the recipe asks for it
+            PartialState(cpu=arguments.use_cpu)
     return tuple(parsed)
 
 
