@@ -86,6 +86,7 @@ class Order:
         options = options_of(
             self.parts.overrides
             | {"max_steps": steps, "warmup_steps": max(1, steps // 20), "save_steps": 100, "seed": self.seed}
+            | {"lr_scheduler_type": "warmup_stable_decay"}
             | {"lr_scheduler_kwargs": {"num_decay_steps": math.ceil(DECAY * steps)}}
         )
         accelerate = ["accelerate", "launch", "--config_file", REPOSITORY / self.parts.accelerate_config]

@@ -43,6 +43,10 @@ TASKS = default_tasks()
         (("--max_length", "2048"), "max_length is 2048 tokens, and the model has 512 positions"),
         (("--rows_per_step", "0"), "rows_per_step is 0"),
         (("--lr_scheduler_kwargs", "{num_decay_steps: 1}"), "value {num_decay_steps: 1} is not JSON: .*double quotes"),
+        (
+            ("--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'),
+            "lr_scheduler_kwargs is {'num_decay_steps': 1}, and lr_scheduler_type linear: .*Set both",
+        ),
     ],
 )
 @pytest.mark.parametrize("recipe", ["expert", "dense"])

@@ -5,7 +5,6 @@ import dataclasses
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,6 +19,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.families import is_moe
 from finteam_experts.files import read_yaml
+from finteam_experts.training.refused import check_settings, default_of
 
 # Settings that change what is shown, kept or where it is, never the weights: two runs may differ in them.
 _NOT_INPUTS = (
@@ -29,25 +29,6 @@ _NOT_INPUTS = (
     "dataset_num_proc", "resume_from_checkpoint", "local_rank", "ddp_", "accelerator_config", "debug",
     "role", "corpus", "routing_", "dataset_name", "dataset_config", "dataset_train_split", "datasets", "dataset_roles", "activation_checkpointing", "gradient_checkpointing",
 )  # fmt: skip
-
-_BASE = "What follows uses the base's own: put it into the base's folder, and name that folder with --base."
-_SCORED = "Nothing is evaluated while a recipe trains: scripts/evaluate.py scores the models, on validation rows with --split valid."
-_PUSHED = "scripts/publish.py pushes a run to the Hub, with its cards."
-_LOSS = "A tuning's loss is on the answers, an expert's on all of its text."
-# TRL's settings that the rest of the pipeline would not follow, by name or by the beginning of it.
-_REFUSED = {
-    "chat_template_path": _BASE, "eos_token": _BASE, "pad_token": _BASE, "trust_remote_code": "Bases are of families that transformers has itself.",
-    "model_revision": "Download that revision with `hf download ID --revision REVISION --local-dir DIR`, and name it with --base.",
-    "assistant_only_loss": _LOSS, "completion_only_loss": _LOSS,
-    "dataset_text_field": "Corpora have the column text; --corpus_column names another one of streamed files.",
-    "dataset_kwargs": "Rows are prepared by this package.", "truncation_mode": "Texts are cut at their end or not at all.",
-    "eval_": _SCORED, "do_eval": _SCORED, "do_predict": _SCORED, "per_device_eval_batch_size": _SCORED, "load_best_model_at_end": _SCORED,
-    "metric_for_best_model": _SCORED, "greater_is_better": _SCORED, "include_for_metrics": _SCORED, "batch_eval_metrics": _SCORED,
-    "prediction_loss_only": _SCORED, "push_to_hub": _PUSHED, "hub_": _PUSHED,
-    "resume_from_checkpoint": "The same command resumes by itself.",
-    "auto_find_batch_size": "It would change the batch while training: set per_device_train_batch_size to what fits.",
-    "output_dir": "It is set by run_dir, so that the next step finds it. Remove it, set run_dir.",
-}  # fmt: skip
 
 
 @dataclass
@@ -173,7 +154,7 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
         raise InputError(f"unknown argument '{unknown[0]}'.{nearest(unknown[0].lstrip('-').split('=')[0], known)}")
     for arguments in parsed:
         if isinstance(arguments, SFTConfig | ModelConfig):
-            _check_settings(arguments)
+            check_settings(arguments)
         if isinstance(arguments, SFTConfig):  # created early: it picks the CPU backend where the recipe asks for it
             PartialState(cpu=arguments.use_cpu)
     return tuple(parsed)
@@ -208,19 +189,6 @@ def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[s
     return recipe
 
 
-def _check_settings(arguments: SFTConfig | ModelConfig) -> None:
-    for f in dataclasses.fields(arguments):
-        value = getattr(arguments, f.name)
-        if value == _default(f) or (f.name == "output_dir" and value == "trainer_output"):
-            continue
-        for name, reason in _REFUSED.items():
-            if f.name == name or (name.endswith("_") and f.name.startswith(name)):
-                found = value.value if isinstance(value, Enum) else value
-                raise InputError(f"{f.name} is {found!r}, which a recipe can't set. {reason}")
-    if isinstance(arguments, SFTConfig) and arguments.save_strategy == "best":
-        raise InputError(f"save_strategy is 'best'. {_SCORED} Set it to steps or epoch.")
-
-
 def settings(*arguments: Any) -> dict[str, Any]:
     """The settings that differ from their defaults and can change the weights, by name, an explicit null among them.
 
@@ -235,7 +203,7 @@ def settings(*arguments: Any) -> dict[str, Any]:
     for group in arguments:
         for f in dataclasses.fields(group):
             value = getattr(group, f.name)
-            if f.init and not f.name.startswith(left_out) and value != _default(f):
+            if f.init and not f.name.startswith(left_out) and value != default_of(f):
                 plain = value is None or isinstance(value, bool | int | float | str | list | dict)
                 changed[f.name] = value if plain else str(value)
         if isinstance(group, SFTConfig):
@@ -243,7 +211,3 @@ def settings(*arguments: Any) -> dict[str, Any]:
     if not shared and PartialState().num_processes > 1:
         changed["processes"] = PartialState().num_processes
     return changed
-
-
-def _default(f: dataclasses.Field) -> Any:
-    return f.default_factory() if callable(f.default_factory) else f.default
