@@ -34,6 +34,7 @@ from finteam_experts.merging.gates import get_gates, random_gates, set_gates
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from parts import Order, Parts
 
+BEHIND_CLASSIFIERS = ("adapters-tfidf", "adapters-ridge")
 GROWING = ("joint", "in-turn", "team")  # scored on the tasks of the fields that have arrived
 Made = tuple[Path, torch.nn.Module | None]  # a folder, and the model if it is another than the folder's
 
@@ -70,7 +71,7 @@ def ways(order: Order) -> Iterator[tuple[str, int, float, Callable[[], Made]]]:
 
 def in_turn(order: Order, way: str, share: float, arrivals: int) -> Path:
     """One model tuned on each field when it arrives, with a share of the rows of all before."""
-    start = order.folder / f"joint-{order.name}-1" / "dense-instruct"
+    start = order.make_dense(order.order[:1], order.base, {}, order.folder / f"joint-{order.name}-1")
     for place in range(1, arrivals):
         again = dict.fromkeys(order.order[:place], share) if share else {}
         start = order.make_dense([order.order[place]], start, again, order.folder / f"{way}-{order.name}-{place + 1}")
@@ -114,7 +115,7 @@ def behind_classifiers(order: Order, results: Path) -> None:
     tfidf = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(max_iter=1000)).fit(texts, field_of)
     pooled = PooledStates(order)
     ridge = RidgeClassifier().fit(pooled(texts), field_of)
-    for way, choose in (("adapters-tfidf", tfidf.predict), ("adapters-ridge", lambda own: ridge.predict(pooled(own)))):
+    for way, choose in zip(BEHIND_CLASSIFIERS, (tfidf.predict, lambda own: ridge.predict(pooled(own))), strict=True):
         chosen = {name: list(choose(own)) for name, own in test.items()}
         found = {
             name: "".join(predicted[field][name][row] for row, field in enumerate(own)) for name, own in chosen.items()
@@ -204,7 +205,8 @@ def main() -> None:
                 bf16 = bool(parts.overrides.get("bf16")) and way != "arrow"  # PEFT's Arrow can't compute in two types
                 about = {"way": way, "arrivals": arrivals, "rows": rows, "seconds": seconds}
                 write_json(path, about | score(order, made, fields, bf16=bf16))
-            if all((results / f"expert-{field}-1.json").exists() for field in order.order):
+            there = all((results / f"expert-{field}-1.json").exists() for field in order.order)
+            if there and not all((results / f"{way}-{len(order.order)}.json").exists() for way in BEHIND_CLASSIFIERS):
                 behind_classifiers(order, results)
 
 

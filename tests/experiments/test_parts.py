@@ -49,6 +49,13 @@ def test_every_task_of_a_field_has_an_equal_part_of_its_rows(order):
     assert counts == {f"{task}_train.jsonl": 16 // len(own) for own in FIELDS.values() for task in own}
 
 
+@pytest.mark.slow
+def test_its_trainings_run_with_the_recipes_of_today(order):
+    assert (order.make_expert("macro") / "router_sums.safetensors").is_file()
+    model = order.make_dense(["macro"], order.base, {}, order.folder / "joint")
+    assert (model / "model.safetensors").is_file()
+
+
 def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp_path, capsys):
     rng, results = random.Random(0), tmp_path / "results/o-seed0"
     results.mkdir(parents=True)
