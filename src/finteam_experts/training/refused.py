@@ -48,7 +48,7 @@ def check_settings(arguments: SFTConfig | ModelConfig) -> None:
 
 
 def _check_schedule(arguments: SFTConfig) -> None:
-    """A recipe's `lr_scheduler_kwargs` are of its own schedule: whoever overrides one has to override the other."""
+    """Check `lr_scheduler_kwargs` against its schedule: overriding one of the two in a recipe means setting both."""
     kind, options = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     try:
