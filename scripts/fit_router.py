@@ -33,8 +33,8 @@ from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import PARTS, fingerprint, trunk_fingerprint
 from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
-from finteam_experts.merging.router import fit
-from finteam_experts.merging.sums import RIDGE, TOKENS_PER_ROLE, compute_sums, save_sums, sums_file
+from finteam_experts.merging.router import fit, team_sums
+from finteam_experts.merging.sums import RIDGE, TOKENS_PER_ROLE, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
 from finteam_experts.weights import StoredTensors, weight_files
 
@@ -125,9 +125,7 @@ def main() -> None:
 
     model = load_model(moe).to(PartialState().device)
     trunk = trunk_fingerprint(moe)
-    sums = [
-        compute_sums(model, tokenizer, own, general, trunk=trunk, expert=place) for place, (own, _) in enumerate(text)
-    ]
+    sums = team_sums(model, tokenizer, [own for own, _ in text], general, args.ridge, trunk=trunk)
     gates, results = fit(model, tokenizer, sums, [held_back for _, held_back in text], args.ridge, args.scale)
     del model  # room for the files below
 
@@ -141,7 +139,7 @@ def main() -> None:
         if merged:  # beside those it was merged with
             save_file({"gates": gates}, moe / GATES / "fitted.safetensors")
         record["router"] |= fingerprint(moe, ("weights",))  # of the model with these gates
-    read = {name: sum(map(len, own)) for name, (own, _) in zip(names, text, strict=True)}
+    read = {name: sum(len(part.ids) for part in own) for name, (own, _) in zip(names, text, strict=True)}
     tokens = ", ".join(f"{n} tokens of {name}" for name, n in read.items())
     print(f"{moe}: router fitted on {tokens}; scale {results['scale']:g}")
     if few := [name for name, n in read.items() if n < args.tokens_per_role]:

@@ -16,10 +16,10 @@ from finteam_experts.threads import use_available_cores  # before torch
 from accelerate import PartialState
 
 from finteam_experts.data.calibration import CHAT_SHARE, general_text, role_text
-from finteam_experts.errors import run
+from finteam_experts.errors import InputError, run
 from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
 from finteam_experts.merging.adapters import check_adapter, dense_expert
-from finteam_experts.merging.sums import SUMS, TOKENS_PER_ROLE, compute_sums, save_sums
+from finteam_experts.merging.sums import SUMS, TOKENS_PER_ROLE, compute_sums, mean_of, save_sums
 from finteam_experts.models import as_chats, check_base, load_model, load_tokenizer, local_folder
 
 
@@ -37,17 +37,24 @@ def main() -> None:
     use_available_cores()
     data, adapter = args.data_dir or args.run_dir / "data", args.run_dir / "adapters" / args.role
     expert = args.run_dir / "experts" / args.role
+    base = local_folder(args.base or str(args.run_dir / "trunk"))
     if adapter.is_dir() or not expert.is_dir():
-        base = local_folder(args.base or str(args.run_dir / "trunk"))
         known_base = fingerprint(base)
         check_adapter(adapter, args.role, known_base)
         dense_expert(base, known_base, adapter, expert)
     check_base(expert)
+    if (trunk := trunk_fingerprint(expert)) != trunk_fingerprint(base):
+        raise InputError(f"{expert} did not branch off from {base}: name its trunk with --base.")
     form = as_chats(load_tokenizer(expert), expert)
     own, _ = role_text(data, args.role, form, args.tokens_per_role, args.seed, args.chat_share)
     general = general_text(data, form, args.tokens_per_role // 3)
-    model = load_model(expert).to(PartialState().device)
-    sums = compute_sums(model, form.tokenizer, own, general, trunk=trunk_fingerprint(expert))
+    device = PartialState().device
+    sums = mean_of(
+        *(
+            compute_sums(load_model(folder).to(device), form.tokenizer, own, general, trunk=trunk)
+            for folder in (expert, base)
+        )
+    )
     save_sums(sums, expert / SUMS)
     size = (expert / SUMS).stat().st_size / 1e6
     print(f"{expert / SUMS}: {size:.0f} MB, of {sums.tokens} tokens of {args.role}")

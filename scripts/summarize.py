@@ -50,7 +50,7 @@ def ask_team(folder: Path) -> list[tuple[str, str, dict[str, float]]]:
     asked = []
     for question, answer in zip(QUESTIONS, answers, strict=True):
         (exchange,) = form.exchanges([(question, answer or "-")])
-        shares = expert_shares(model, exchange.ids).mean(0).tolist()
+        shares = expert_shares(model, exchange.ids, exchange.spans).mean(0).tolist()
         asked.append((question, answer, dict(zip(titles, shares, strict=True))))
     return asked
 

@@ -45,6 +45,7 @@ class Parts(BaseModel):
     replay: tuple[float, ...]
     limit: int = Field(ge=2)
     overrides: dict[str, Any]
+    expert_overrides: dict[str, Any] = {}
 
 
 class Order:
@@ -81,10 +82,10 @@ class Order:
         work.rename(view)
         return view
 
-    def _launch(self, script: str, recipe: str, rows: int, *arguments: object) -> None:
+    def _launch(self, script: str, recipe: str, rows: int, overrides: dict[str, Any], *arguments: object) -> None:
         steps = max(1, rows // BATCH)
         options = options_of(
-            self.parts.overrides
+            overrides
             | {"max_steps": steps, "warmup_steps": max(1, steps // 20), "save_steps": 100, "seed": self.seed}
             | {"lr_scheduler_type": "warmup_stable_decay"}
             | {"lr_scheduler_kwargs": {"num_decay_steps": math.ceil(DECAY * steps)}}
@@ -101,13 +102,15 @@ class Order:
             limits |= {task: math.ceil(share * self.parts.rows / len(names)) for task in names}
         rows = ["--rows_of_task", json.dumps(limits), "--tasks", *limits]
         where = ("--run_dir", folder, "--base", start, "--start_from", "base")
-        self._launch("recipes/instruct_tune.py", DENSE, sum(limits.values()), *where, "--as_trunk", "false", *rows)
+        arguments = (*where, "--as_trunk", "false", *rows)
+        self._launch("recipes/instruct_tune.py", DENSE, sum(limits.values()), self.parts.overrides, *arguments)
         return folder / "dense-instruct"
 
     def make_expert(self, field: str) -> Path:
         where = ("--run_dir", self.folder, "--base", self.base, "--role", field, "--merge_config", self.merge_file)
         learn = ("--learn_from", json.dumps({"tasks": 1}))
-        self._launch("recipes/train_expert.py", EXPERT, self.parts.rows, *where, *learn)
+        overrides = self.parts.overrides | self.parts.expert_overrides
+        self._launch("recipes/train_expert.py", EXPERT, self.parts.rows, overrides, *where, *learn)
         if not (self.folder / "experts" / field / "router_sums.safetensors").is_file():
             own = ("--run_dir", self.folder, "--data_dir", self.data, "--role", field)
             step("scripts/router_sums.py", *own, "--base", self.base)

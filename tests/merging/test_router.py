@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROLES, call, fit_router, form_of, instruct_tune
 from finteam_experts import runs
+from finteam_experts.data.calibration import role_text
 from finteam_experts.data.files import corpus_file, read_corpus
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.batches import encode, padded_batches
@@ -20,7 +21,8 @@ from finteam_experts.evaluation.routing import measure_routing
 from finteam_experts.families import family_of
 from finteam_experts.files import write_json
 from finteam_experts.merging import gates
-from finteam_experts.merging.router import LEAST_GAIN, choose_scale
+from finteam_experts.merging.router import LEAST_GAIN, choose_scale, team_sums
+from finteam_experts.merging.sums import compute_sums, solve_gates
 from finteam_experts.models import load_model, load_tokenizer
 
 
@@ -125,6 +127,23 @@ def test_routing_by_passage_question_and_answer(done_run):
         zip(("own_role_passage", "own_role_question", "own_role_answer"), (own / count).tolist(), strict=True)
     )
     assert routing.spans() == pytest.approx(expected, abs=1e-5)
+
+
+def test_gates_know_the_text_and_not_the_traces_of_its_expert(done_run):
+    """Experts that leave strong traces: gates that know their text by them alone leave a token where it went astray."""
+    moe = done_run / "moe"
+    model, form = load_model(moe), form_of(moe)
+    with torch.no_grad():
+        for place, down in enumerate(model.model.layers[0].mlp.experts.down_proj):
+            down[place] = 50 * down[place].abs()
+    text = [role_text(done_run / "data", role, form, 3000, seed=0)[0] for role in ROLES]
+    own = [compute_sums(model, form.tokenizer, part, trunk="", expert=place) for place, part in enumerate(text)]
+    asked = [[part.ids for part in role_text(done_run / "data", role, form, 2000, seed=1)[0]] for role in ROLES]
+    shares = []
+    for sums in (own, team_sums(model, form.tokenizer, text, [], 0.01, trunk="")):
+        gates.set_gates(model, solve_gates(sums, 0.01))
+        shares.append(measure_routing(model, form.tokenizer, asked).shares().diagonal(dim1=1, dim2=2).mean(1).tolist())
+    assert shares[1][1] > shares[0][1] + 0.01, shares  # in the layer after the traces
 
 
 def test_batches_hold_every_sequence_once_within_the_limit(done_run):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router sums: they are those of a ridge regression, an analyst's own model suffices for them, and bad files are refused."""
 
+import shutil
 from dataclasses import replace
 from itertools import permutations
 
@@ -10,11 +11,19 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 from conftest import ROLES, call, form_of
-from finteam_experts.data.calibration import general_text, role_text
+from finteam_experts.data.calibration import excerpt, general_text, role_text
 from finteam_experts.errors import InputError
 from finteam_experts.fingerprints import trunk_fingerprint
 from finteam_experts.merging.gates import read_gates
-from finteam_experts.merging.sums import GENERAL_WEIGHT, RouterSums, compute_sums, load_sums, save_sums, solve_gates
+from finteam_experts.merging.sums import (
+    GENERAL_WEIGHT,
+    RouterSums,
+    compute_sums,
+    gate_inputs,
+    load_sums,
+    save_sums,
+    solve_gates,
+)  # fmt: skip
 from finteam_experts.models import load_model
 
 
@@ -57,9 +66,49 @@ def test_the_dense_expert_has_the_sums_of_its_place_in_the_team(done_run):
         assert trunk_fingerprint(expert) == trunk_fingerprint(moe) == trunk_fingerprint(done_run / "base")
         alone = compute_sums(load_model(expert), form.tokenizer, own, general, trunk="")
         inside = compute_sums(load_model(moe), form.tokenizer, own, general, trunk="", expert=place)
-        assert alone.tokens == inside.tokens == sum(len(ids) - 1 for ids in own)
+        assert alone.tokens == inside.tokens == sum(sum(part.telling) for part in own)
         torch.testing.assert_close(alone.inputs, inside.inputs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone.targets, inside.targets, rtol=1e-4, atol=1e-5)
+
+
+def test_the_template_and_the_system_turn_tell_nobodys_text(done_run):
+    form = form_of(done_run / "moe")
+    text, _ = role_text(done_run / "data", "micro", form, 1500, seed=0)
+    template = form.prompts([""])[0]
+    chats = [part for part in text if part.ids[:3] == template[:3]]
+    assert 0 < len(chats) < len(text)
+    for part in text:
+        told = form.tokenizer.decode([token for token, counts in zip(part.ids, part.telling, strict=True) if counts])
+        assert told and not part.telling[0]
+        assert not any(
+            word in told for word in (form.system_prompt, *form.tokenizer.all_special_tokens, "assistant\n")
+        )
+    model, seen = load_model(done_run / "experts/micro"), []
+    gate_inputs(model, form.tokenizer, text, lambda layer, x: seen.append(len(x)), expert=None, title="")
+    assert sum(seen) == 2 * sum(sum(part.telling) for part in text)  # two layers
+
+
+def test_an_owner_sends_its_text_through_its_expert_and_through_the_trunk(copied_run):
+    run, expert = copied_run, copied_run / "experts/micro"
+    where = ("--run_dir", run, "--role", "micro", "--tokens_per_role", "1500")
+    call("scripts/router_sums.py", *where, "--base", run / "base")
+    form = form_of(expert)
+    own, _ = role_text(run / "data", "micro", form, 1500, seed=0)
+    general = general_text(run / "data", form, 500)
+    alone, trunk = (
+        compute_sums(load_model(folder), form.tokenizer, own, general, trunk="") for folder in (expert, run / "base")
+    )
+    found = load_sums(expert / "router_sums.safetensors")
+    torch.testing.assert_close(found.inputs, (alone.inputs + trunk.inputs) / 2)
+    torch.testing.assert_close(found.targets, (alone.targets + trunk.targets) / 2)
+    assert found.tokens == alone.tokens
+    shutil.rmtree(run / "adapters/micro")  # with it, its own base is checked
+    shutil.copytree(run / "base", run / "other")
+    embeddings = load_file(run / "other/model.safetensors")
+    embeddings["model.embed_tokens.weight"] += 1
+    save_file(embeddings, run / "other/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"experts/micro did not branch off from .*other: name its trunk with --base"):
+        call("scripts/router_sums.py", *where, "--base", run / "other")
 
 
 def test_a_router_is_that_of_the_sums_that_are_saved_with_it(copied_run):
@@ -102,7 +151,7 @@ def test_hidden_states_that_are_not_finite_are_refused(done_run):
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[0] = float("nan")
     with pytest.raises(InputError, match="gate of layer 1 reads are not finite"):
-        compute_sums(model, form.tokenizer, [[1, 2, 3]], trunk="")
+        compute_sums(model, form.tokenizer, [excerpt([1, 2, 3])], trunk="")
 
 
 def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run):

@@ -2,9 +2,10 @@
 """The text that a router is fitted to: of each analyst what it is asked and what it reads, and general chat."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
-from finteam_experts.chats import ChatFormat
+from finteam_experts.chats import ChatFormat, Exchange
 from finteam_experts.data.conversations import GENERAL, chat_roles, read_chats
 from finteam_experts.data.files import check_passages, read_corpus, read_task, tasks_of
 from finteam_experts.data.tasks import render_all
@@ -14,14 +15,33 @@ Sequences = list[list[int]]  # token ids
 
 PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
 CHAT_TOKENS = 192
+ANSWER = "Yes."  # to a passage as a message, where only the message is used
 HELD_BACK = 6  # passages per role that choose the scale and show the progress; the regression never sees them
 HELD_BACK_TOKENS = 96
 CHAT_SHARE = 0.8  # of a role's tokens, unless --chat_share says otherwise: the rest keeps plain text with its analyst
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """A text as the model reads it, and which of its tokens tell whose it is.
+
+    Those of the chat template and the system turn are the same in everyone's text: all that tells them apart is the expert that
+    they went through.
+    """
+
+    ids: list[int]
+    telling: list[bool]  # of each token; a first token, which is an attention sink, never is
+
+
+def excerpt(ids: list[int], spans: list[int] | None = None) -> Excerpt:
+    """The tokens with those of `spans` (as in `Exchange`) that are of no template, or all of them; without the first."""
+    telling = [span >= 0 for span in spans] if spans else [True] * len(ids)
+    return Excerpt(ids, [False, *telling[1 : len(ids)]])
+
+
 def role_text(
     data: Path, role: str, form: ChatFormat, tokens: int, seed: int, chat_share: float = CHAT_SHARE
-) -> tuple[Sequences, Sequences]:
+) -> tuple[list[Excerpt], Sequences]:
     """`tokens` tokens of the role for the regression, or all of fewer, and its held-back passages.
 
     `chat_share` of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
@@ -38,30 +58,40 @@ def role_text(
         rows = read_task(data, task, "train")
         rows = rng.sample(rows, min(len(rows), tokens // 16))
         asked = zip(render_all(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
-        chats += [exchange.ids for exchange in form.exchanges(list(asked))]
+        chats += form.exchanges(list(asked))
     if role in chat_roles(data):
-        chats += [exchange.ids for exchange in form.exchanges(read_chats(data, role)[: tokens // 16])]
+        chats += form.exchanges(read_chats(data, role)[: tokens // 16])
     rng.shuffle(chats)
-    chats = chats or form.prompts(passages[: tokens // 16])
-    chats = _first_tokens([ids[:CHAT_TOKENS] for ids in chats], round(chat_share * tokens))
+    text = [_of_chat(exchange) for exchange in chats]
+    if not chats:
+        messages = form.exchanges([(passage, ANSWER) for passage in passages[: tokens // 16]])
+        text = [excerpt(message.prompt[:CHAT_TOKENS], message.spans) for message in messages]
+    text = _first_tokens(text, round(chat_share * tokens))
     rng.shuffle(passages)
-    plain = encode(form.tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)
-    text = chats + _first_tokens(plain, tokens - sum(map(len, chats)))
+    plain = [excerpt(ids) for ids in encode(form.tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)]
+    text += _first_tokens(plain, tokens - sum(len(part.ids) for part in text))
     return text, encode(form.tokenizer, held_back, HELD_BACK_TOKENS)
 
 
-def general_text(data: Path, form: ChatFormat, tokens: int) -> Sequences:
+def general_text(data: Path, form: ChatFormat, tokens: int) -> list[Excerpt]:
     """Conversations that are of no analyst, up to `tokens` tokens; none where the data has none."""
     if GENERAL not in chat_roles(data):
         return []
-    return _first_tokens([e.ids[:CHAT_TOKENS] for e in form.exchanges(read_chats(data, GENERAL))], tokens)
+    return _first_tokens([_of_chat(exchange) for exchange in form.exchanges(read_chats(data, GENERAL))], tokens)
 
 
-def _first_tokens(sequences: Sequences, tokens: int) -> Sequences:
-    taken: Sequences = []
-    for ids in sequences:
+def _of_chat(exchange: Exchange) -> Excerpt:
+    return excerpt(exchange.ids[:CHAT_TOKENS], exchange.spans)
+
+
+def _first_tokens(text: list[Excerpt], tokens: int) -> list[Excerpt]:
+    """The first excerpts that have so many tokens, the last one cut; each has tokens that tell whose it is."""
+    taken: list[Excerpt] = []
+    for part in text:
         if tokens < 2:  # a first token alone is not used
             break
-        taken.append(ids[:tokens])
-        tokens -= len(taken[-1])
+        part = Excerpt(part.ids[:tokens], part.telling[:tokens])
+        if any(part.telling):
+            taken.append(part)
+            tokens -= len(part.ids)
     return taken

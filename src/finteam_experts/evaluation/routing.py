@@ -15,14 +15,14 @@ DEAD = 0.01  # an expert is dead in a layer if it is the first choice of a small
 
 
 @torch.no_grad()
-def expert_shares(model: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
+def expert_shares(model: torch.nn.Module, token_ids: list[int], spans: list[int]) -> torch.Tensor:
     """The share of the gate weight that each expert gets, the mean over tokens: [layers, experts], rows sum to 1.
 
-    The first token is left out: it is an attention sink, and routes alike in every text.
+    Only tokens with a place in `SPANS` count: those of the template, which have -1, are the same in every conversation.
     """
     outputs = model(torch.tensor([token_ids], device=model.device), output_router_logits=True, logits_to_keep=1)
-    top_k = model.config.num_experts_per_tok
-    return torch.stack([mixing_weights(logits[1:], top_k).mean(0) for logits in outputs.router_logits])
+    top_k, kept = model.config.num_experts_per_tok, torch.tensor(spans, device=model.device) >= 0
+    return torch.stack([mixing_weights(logits[kept], top_k).mean(0) for logits in outputs.router_logits])
 
 
 def mixing_weights(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:

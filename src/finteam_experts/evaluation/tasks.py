@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 
 from finteam_experts import runs
-from finteam_experts.chats import ChatFormat
+from finteam_experts.chats import ChatFormat, Turns
 from finteam_experts.data.conversations import Conversation
 from finteam_experts.data.files import Row
 from finteam_experts.data.tasks import Task, Tasks, render_all
@@ -66,7 +66,10 @@ def evaluate_model(
     report["answers"] = {role: score_answers(model, form, own, labels) for role, own in chats.items()}
     if is_moe(model.config):
         team = [member["name"] for member in runs.read_record(folder)["team"]]
-        report["routing"] = {task: _routing(model, form, team, prompts[task][:ROUTING_ROWS]) for task in rows}
+        report["routing"] = {}
+        for name, own in rows.items():
+            asked = [(prompt, row["label"]) for prompt, row in zip(prompts[name], own, strict=True)]
+            report["routing"][name] = _routing(model, form, team, asked[:ROUTING_ROWS])
     return report | {"seconds": round(time.monotonic() - start, 1)}
 
 
@@ -134,8 +137,11 @@ def _generated(
     }
 
 
-def _routing(model: torch.nn.Module, form: ChatFormat, team: list[str], prompts: list[str]) -> dict[str, float]:
-    shares = np.mean([expert_shares(model, ids).mean(0).tolist() for ids in form.prompts(prompts)], axis=0)
+def _routing(
+    model: torch.nn.Module, form: ChatFormat, team: list[str], asked: list[tuple[Turns | str, str]]
+) -> dict[str, float]:
+    exchanges = form.exchanges(asked)
+    shares = np.mean([expert_shares(model, own.ids, own.spans).mean(0).tolist() for own in exchanges], axis=0)
     return dict(zip(team, map(float, shares), strict=True))
 
 

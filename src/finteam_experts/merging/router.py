@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finteam_experts.data.calibration import Sequences
+from finteam_experts.data.calibration import Excerpt, Sequences
 from finteam_experts.errors import NotFiniteError
 from finteam_experts.evaluation.routing import measure_routing
 from finteam_experts.merging.gates import set_gates
-from finteam_experts.merging.sums import RouterSums, gate_inputs, solve_gates
+from finteam_experts.merging.sums import RouterSums, compute_sums, mean_of, solve_gates
 
 SMALLEST_SCALE, FIRST_SCALE, LARGEST_SCALE = 0.5, 8.0, 64.0
 LEAST_GAIN = 5e-4
@@ -46,6 +46,32 @@ def choose_scale(loss_at: Callable[[float], float]) -> tuple[float, dict[float, 
         while scale > SMALLEST_SCALE and gain(scale, scale / 2) > 0:
             scale /= 2
     return scale, tried
+
+
+def team_sums(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: list[list[Excerpt]],
+    general: list[Excerpt],
+    ridge: float,
+    *,
+    trunk: str,
+) -> list[RouterSums]:
+    """The sums of each expert's `text` in an MoE: through the expert itself, and as gates fitted to that route it.
+
+    The second pass shows the gates what becomes of tokens that they send elsewhere, as dataset aggregation does for a policy
+    (Ross et al. 2011, arXiv:1011.0686). Leaves those first gates in `model`.
+    """
+
+    def sums_through(expert_of: Callable[[int], int | None]) -> list[RouterSums]:
+        return [
+            compute_sums(model, tokenizer, own, general, trunk=trunk, expert=expert_of(place))
+            for place, own in enumerate(text)
+        ]
+
+    own = sums_through(lambda place: place)
+    set_gates(model, FIRST_SCALE * solve_gates(own, ridge))
+    return [mean_of(*parts) for parts in zip(own, sums_through(lambda place: None), strict=True)]
 
 
 def fit(
@@ -76,24 +102,8 @@ def fit(
         scale = FIRST_SCALE  # one expert alone has the whole weight, whatever the scale
     scale, tried = choose_scale(loss_at) if scale is None else (scale, {scale: loss_at(scale)})
     set_gates(model, scale * gates)
-    share = own_role_share(model, tokenizer, gates, held_back)
+    share = measure_routing(model, tokenizer, held_back, losses=False).summary()["own_role_tokens"]
     print(f"{share:.3f} of the held-back text's tokens get their own role's expert first")
     seconds = round(time.monotonic() - start, 1)
     figures = {"scale": scale, "loss_at_scale": tried, "own_role_tokens": round(share, 4), "seconds": seconds}
     return scale * gates, figures
-
-
-def own_role_share(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, gates: torch.Tensor, text: list[Sequences]
-) -> float:
-    """The share of the tokens of each expert's `text` that the gates send to it, if all tokens before went there too."""
-    shares = []
-    for expert, own in enumerate(text):
-        right: list[torch.Tensor] = []
-
-        def see(layer: int, x: torch.Tensor, expert=expert, right=right) -> None:
-            right.append(((x @ gates[layer].T).argmax(-1) == expert).float())
-
-        gate_inputs(model, tokenizer, own, see, expert=expert, title="held-back text")
-        shares.append(torch.cat(right).mean().item())
-    return sum(shares) / len(shares)

@@ -2,22 +2,26 @@
 """Router sums: all that a router has to know of an analyst's text, without the text.
 
 A ridge regression (Hoerl and Kennard 1970, doi:10.1080/00401706.1970.10488634) needs of its data no more than X'X and X'Y.
-X are the hidden states that a gate reads, Y says whose text they are of. Each text goes through its own expert alone, and
-attention is the trunk's in every expert, so that an analyst's part of both can be computed from its dense expert, before there
-is a team. Parts add up: the gates of any team follow from the parts of its analysts (`solve_gates`), and an analyst that
-comes or goes needs nobody's text again.
+X are the hidden states that a gate reads, Y says whose text they are of. Attention is the trunk's in every expert, so that an
+analyst's part of both can be computed from its dense expert, before there is a team. Parts add up: the gates of any team
+follow from the parts of its analysts (`solve_gates`), and an analyst that comes or goes needs nobody's text again.
+
+An expert leaves traces in the hidden states of its tokens. Gates that have seen each text through its own expert alone know the
+expert by them, not the text, and a token that goes wrong once stays wrong. So the text goes through something else as well: the
+trunk, or the team itself (`merging.router`). `mean_of` joins the sums.
 """
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from finteam_experts.data.calibration import Sequences
+from finteam_experts.data.calibration import Excerpt
 from finteam_experts.errors import InputError
 from finteam_experts.evaluation.batches import padded_batches
 from finteam_experts.merging.gates import forced_expert, watched_mlps
@@ -57,22 +61,28 @@ def solve_gates(team: list[RouterSums], ridge: float) -> torch.Tensor:
     return torch.stack(gates)
 
 
+def mean_of(*parts: RouterSums) -> RouterSums:
+    """The sums of the same text that went through several models."""
+    inputs, targets = (torch.stack([getattr(own, key) for own in parts]).mean(0) for key in ("inputs", "targets"))
+    return replace(parts[0], inputs=inputs, targets=targets)
+
+
 def compute_sums(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    own: Sequences,
-    general: Sequences = (),
+    own: list[Excerpt],
+    general: Sequence[Excerpt] = (),
     *,
     trunk: str,
     expert: int | None = None,
 ) -> RouterSums:
     """The sums of an analyst's `own` text, and of `general` text that no analyst is to get for itself.
 
-    `model` is the analyst's dense expert, or an MoE whose `expert` has that place. First tokens are left out: they are attention
-    sinks, with norms a hundred times the others'. Raises `InputError` if a hidden state is not finite.
+    `model` is dense, or an MoE in which every token goes through the `expert` of that place, or where the gates send it. Tokens that
+    do not tell whose they are stay out; first tokens are attention sinks, with norms a hundred times the others'. Raises `InputError` if a hidden state is not finite.
     """
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
-    counts = [sum(len(ids) - 1 for ids in part) for part in (own, general)]
+    counts = [sum(sum(excerpt.telling) for excerpt in part) for part in (own, general)]
     weights = [1 / counts[0], GENERAL_WEIGHT / max(1, counts[1])]
     inputs, targets = (torch.zeros(layers, *shape, device=model.device) for shape in ((hidden, hidden), (hidden,)))
     for part, weight in zip((own, general), weights, strict=True):
@@ -100,21 +110,20 @@ def compute_sums(
 def gate_inputs(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    sequences: Sequences,
+    text: Sequence[Excerpt],
     see: Callable[[int, torch.Tensor], None],
     *,
     expert: int | None,
     title: str,
 ) -> None:
-    """Call `see(layer, hidden states)` with what each gate reads of all tokens but the first: fp32 [tokens, hidden].
+    """Call `see(layer, hidden states)` with what each gate reads of the tokens that tell whose they are: fp32 [tokens, hidden].
 
-    `model` is dense, or an MoE in which every token goes through `expert` alone.
+    `model` is dense, or an MoE in which every token goes through `expert` alone or, with `None`, where the gates send it.
     """
-    for _, batch in padded_batches(sequences, tokenizer, title=title):
+    for rows, batch in padded_batches([excerpt.ids for excerpt in text], tokenizer, title=title):
         batch = batch.to(model.device)
-        kept = batch["attention_mask"].bool()
-        kept[:, 0] = False
-        kept = kept.flatten()
+        telling = [torch.tensor(text[row].telling) for row in rows]
+        kept = pad_sequence(telling, batch_first=True, padding_value=False).flatten().to(model.device)
         with (
             forced_expert(model, expert),
             watched_mlps(model, lambda layer, x, kept=kept: see(layer, x[kept].float())),
