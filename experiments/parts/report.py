@@ -112,7 +112,7 @@ def main() -> None:
         place = 0 if way == "base" else last
         gap = "-"
         if way != "team":
-            found = difference_on_rows(tasks, rows, ours, predictions(runs, way, place))["average"]
+            found = difference_on_rows(tasks, rows, ours, predictions(runs, way, place), shared_seeds=True)["average"]
             gap = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
         kept = "-"
         if all((way, 1) in own for own in runs):

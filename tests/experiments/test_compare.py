@@ -268,6 +268,8 @@ def test_interval_covers_a_true_difference():
     same = paired_difference(*arguments[:3], arguments[2], *arguments[4:])["t"]
     assert same["difference"] == 0
     assert same["low"] < 0 < same["high"]  # by the seeds alone
+    shared = paired_difference(*arguments[:3], arguments[2], *arguments[4:], shared_seeds=True)["t"]
+    assert shared["low"] == shared["high"] == 0
 
 
 def test_rows_that_share_a_text_are_drawn_together():

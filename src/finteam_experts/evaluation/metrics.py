@@ -85,18 +85,23 @@ def paired_difference(
     classes: dict[str, int],
     main: dict[str, str],
     seed: int = 0,
+    *,
+    shared_seeds: bool = False,
 ) -> dict[str, dict[str, float]]:
     """How far our models' main score lies above theirs, by task and on average over tasks, with a 95 % interval.
 
     By task: `labels` [rows], `units` [rows] (rows with the same number are drawn together, as they share a text), `ours`
     and `theirs` [seeds, rows] class ids, `classes` their number, `main` the score. The score is the mean over the seeds.
     The interval is the percentile bootstrap (Efron 1979, doi:10.1214/aos/1176344552) over units and over seeds, in which
-    both sides see the same draws of units; seeds are drawn for each side alone, as their noise is not shared.
+    both sides see the same draws of units. Seeds are drawn for each side alone, as their noise is not shared; with
+    `shared_seeds`, where both sides are made of the same rows or experts in each seed, they are drawn together.
     """
     rng = np.random.default_rng(seed)
     found: dict[str, dict[str, float]] = {}
     point, drawn = {}, {}
     ours_draw, theirs_draw = (_seed_weights(next(iter(side.values())).shape[0], rng) for side in (ours, theirs))
+    if shared_seeds:
+        theirs_draw = ours_draw
     for task, true in labels.items():
         _, place = np.unique(units[task], return_inverse=True)
         weights = _draws(place, rng)
@@ -117,7 +122,12 @@ def paired_difference(
 
 
 def difference_on_rows(
-    tasks: Tasks, rows: dict[str, list[dict[str, str]]], ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
+    tasks: Tasks,
+    rows: dict[str, list[dict[str, str]]],
+    ours: dict[str, np.ndarray],
+    theirs: dict[str, np.ndarray],
+    *,
+    shared_seeds: bool = False,
 ) -> dict[str, dict[str, float]]:
     """`paired_difference` on the scored `rows` of each task: `ours` and `theirs` [seeds, rows] are places in its labels."""
     return paired_difference(
@@ -127,6 +137,7 @@ def difference_on_rows(
         theirs,
         {name: len(task.labels) for name, task in tasks.items()},
         {name: task.main_score for name, task in tasks.items()},
+        shared_seeds=shared_seeds,
     )
 
 
