@@ -36,7 +36,6 @@ from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.router import fit, team_sums
 from finteam_experts.merging.sums import RIDGE, TOKENS_PER_ROLE, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
-from finteam_experts.training.experts import split_experts
 from finteam_experts.weights import StoredTensors, weight_files
 
 
@@ -125,8 +124,6 @@ def main() -> None:
         return
 
     model = load_model(moe).to(PartialState().device)
-    if model.device.type == "cpu":
-        split_experts(model)  # twice as fast there
     trunk = trunk_fingerprint(moe)
     sums = team_sums(model, tokenizer, [own for own, _ in text], general, args.ridge, trunk=trunk)
     gates, results = fit(model, tokenizer, sums, [held_back for _, held_back in text], args.ridge, args.scale)

@@ -78,8 +78,9 @@ def compute_sums(
 ) -> RouterSums:
     """The sums of an analyst's `own` text, and of `general` text that no analyst is to get for itself.
 
-    `model` is dense, or an MoE in which every token goes through the `expert` of that place, or where the gates send it. Tokens that
-    do not tell whose they are stay out; first tokens are attention sinks, with norms a hundred times the others'. Raises `InputError` if a hidden state is not finite.
+    `model` is dense, or an MoE in which every token goes through `expert` alone or, with `None`, where the gates send it. Tokens
+    that don't tell whose they are stay out; so do first tokens, attention sinks with norms a hundred times the others'. Raises
+    `InputError` if a hidden state is not finite.
     """
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     counts = [sum(sum(excerpt.telling) for excerpt in part) for part in (own, general)]
