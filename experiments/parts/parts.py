@@ -24,7 +24,6 @@ from finteam_experts.files import read_yaml
 from steps import call, options_of, step
 
 EXPERT, DENSE = "recipes/sample/train_expert.yaml", "recipes/sample/instruct_tune_trunk.yaml"
-BATCH = 8
 DECAY = 0.25  # of the steps
 PROMPTS = {  # for mergekit's hidden gates; those of the other roles are in moe_merge.yaml
     "credit": ["The applicant has paid every instalment on time.", "Will the borrower default on the loan?"]
@@ -41,7 +40,7 @@ class Parts(BaseModel):
     seeds: tuple[int, ...]
     orders: dict[str, list[str]]
     fields: dict[str, list[str]]
-    rows: int = Field(ge=BATCH)
+    rows: int = Field(ge=1)
     replay: tuple[float, ...]
     limit: int = Field(ge=2)
     overrides: dict[str, Any]
@@ -83,7 +82,7 @@ class Order:
         return view
 
     def _launch(self, script: str, recipe: str, rows: int, overrides: dict[str, Any], *arguments: object) -> None:
-        steps = max(1, rows // BATCH)
+        steps = max(1, rows // overrides["per_device_train_batch_size"])
         options = options_of(
             overrides
             | {"max_steps": steps, "warmup_steps": max(1, steps // 20), "save_steps": 100, "seed": self.seed}
