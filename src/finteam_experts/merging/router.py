@@ -10,6 +10,7 @@ hidden states are mergekit's (Goddard et al. 2024, arXiv 2403.13257); the mixtur
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from finteam_experts.data.calibration import Excerpt, Sequences
 from finteam_experts.errors import NotFiniteError
 from finteam_experts.evaluation.routing import measure_routing
 from finteam_experts.merging.gates import set_gates
-from finteam_experts.merging.sums import RouterSums, compute_sums, mean_of, solve_gates
+from finteam_experts.merging.sums import GENERAL_WEIGHT, RouterSums, compute_sums, mean_of, solve_gates
 
 SMALLEST_SCALE, FIRST_SCALE, LARGEST_SCALE = 0.5, 8.0, 64.0
 LEAST_GAIN = 5e-4
@@ -63,15 +64,15 @@ def team_sums(
     (Ross et al. 2011, arXiv:1011.0686). Leaves those first gates in `model`.
     """
 
-    def sums_through(expert_of: Callable[[int], int | None]) -> list[RouterSums]:
-        return [
-            compute_sums(model, tokenizer, own, general, trunk=trunk, expert=expert_of(place))
-            for place, own in enumerate(text)
-        ]
-
-    own = sums_through(lambda place: place)
+    own = [
+        compute_sums(model, tokenizer, texts, general, trunk=trunk, expert=place) for place, texts in enumerate(text)
+    ]
     set_gates(model, FIRST_SCALE * solve_gates(own, ridge))
-    return [mean_of(*parts) for parts in zip(own, sums_through(lambda place: None), strict=True)]
+    routed = [compute_sums(model, tokenizer, texts, trunk=trunk) for texts in text]
+    if general:  # the gates send it the same way whoever's sums it is for
+        nobodys = GENERAL_WEIGHT * compute_sums(model, tokenizer, general, trunk=trunk).inputs
+        routed = [replace(sums, inputs=sums.inputs + nobodys) for sums in routed]
+    return [mean_of(*parts) for parts in zip(own, routed, strict=True)]
 
 
 def fit(
