@@ -69,7 +69,7 @@ def team_sums(
     ]
     set_gates(model, FIRST_SCALE * solve_gates(own, ridge))
     routed = [compute_sums(model, tokenizer, texts, trunk=trunk) for texts in text]
-    if general:  # the gates send it the same way whoever's sums it is for
+    if general:  # its route is the same for every analyst's sums
         nobodys = GENERAL_WEIGHT * compute_sums(model, tokenizer, general, trunk=trunk).inputs
         routed = [replace(sums, inputs=sums.inputs + nobodys) for sums in routed]
     return [mean_of(*parts) for parts in zip(own, routed, strict=True)]
