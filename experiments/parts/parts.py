@@ -41,6 +41,7 @@ class Parts(BaseModel):
     orders: dict[str, list[str]]
     fields: dict[str, list[str]]
     rows: int = Field(ge=1)
+    rows_per_step: int = Field(ge=1)
     replay: tuple[float, ...]
     limit: int = Field(ge=2)
     overrides: dict[str, Any]
@@ -82,9 +83,10 @@ class Order:
         return view
 
     def _launch(self, script: str, recipe: str, rows: int, overrides: dict[str, Any], *arguments: object) -> None:
-        steps = max(1, rows // overrides["per_device_train_batch_size"])
+        steps = max(1, rows // self.parts.rows_per_step)
         options = options_of(
             overrides
+            | {"per_device_train_batch_size": self.parts.rows_per_step}
             | {"max_steps": steps, "warmup_steps": max(1, steps // 20), "save_steps": 100, "seed": self.seed}
             | {"lr_scheduler_type": "warmup_stable_decay"}
             | {"lr_scheduler_kwargs": {"num_decay_steps": math.ceil(DECAY * steps)}}

@@ -15,12 +15,14 @@ from finteam_experts.data.calibration import excerpt, general_text, role_text
 from finteam_experts.errors import InputError
 from finteam_experts.fingerprints import trunk_fingerprint
 from finteam_experts.merging.gates import read_gates
+from finteam_experts.merging.router import team_sums
 from finteam_experts.merging.sums import (
     GENERAL_WEIGHT,
     RouterSums,
     compute_sums,
     gate_inputs,
     load_sums,
+    mean_of,
     save_sums,
     solve_gates,
 )  # fmt: skip
@@ -118,6 +120,21 @@ def test_a_router_is_that_of_the_sums_that_are_saved_with_it(copied_run):
     team = [load_sums(copied_run / f"moe/router_sums/{role}.safetensors") for role in ROLES]
     gates = load_file(copied_run / "moe/gates/fitted.safetensors")["gates"]
     assert torch.equal(8.0 * solve_gates(team, 0.02), gates)
+
+
+def test_general_text_counts_for_every_analyst_in_both_passes(done_run):
+    model, form = load_model(done_run / "moe"), form_of(done_run / "moe")
+    text = [role_text(done_run / "data", role, form, 600, seed=0)[0] for role in ROLES]
+    general = [
+        excerpt(form.tokenizer.encode(passage)) for passage in ("Bread keeps for a day.", "Cats sleep all day.")
+    ]
+    found = team_sums(
+        model, form.tokenizer, text, general, 0.01, trunk=""
+    )  # leaves the gates of the second pass in the model
+    for place, own in enumerate(text):
+        through = [compute_sums(model, form.tokenizer, own, general, trunk="", expert=to) for to in (place, None)]
+        torch.testing.assert_close(found[place].inputs, mean_of(*through).inputs)
+        torch.testing.assert_close(found[place].targets, mean_of(*through).targets)
 
 
 def test_sums_are_what_was_saved(tmp_path):
