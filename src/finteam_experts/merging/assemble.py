@@ -36,13 +36,14 @@ def _per_expert_writer(family: Family) -> type[TensorWriter]:
 
 def assemble(config: MoEMergeConfig, base: Path, base_config: PretrainedConfig, target: Path) -> None:
     """Write the MoE of `config`, whose models are absolute paths, to the folder `target`."""
-    gates = _prompt_gates(config, base)
     new_writer(target)  # clears what an interrupted merge left
     options = MergeOptions(copy_tokenizer=False, out_shard_size=min(SHARD_BYTES, max(2**28, size_of(base) // 5)))
-    logging.disable(logging.WARNING)  # "not usable in llama.cpp" no longer holds: it takes any number of experts
+    # "not usable in llama.cpp" no longer holds: it takes any number of experts. That layers are on disk is what we want.
+    logging.disable(logging.WARNING)
     family = family_of(base_config)
     common.TensorWriter = _per_expert_writer(family)
     try:
+        gates = _prompt_gates(config, base)
         family.output_architecture().write_model(str(target), config, options, router_weights=list(gates))
     finally:
         common.TensorWriter = TensorWriter

@@ -4,6 +4,7 @@
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -26,15 +27,24 @@ class CompleteCheckpoints(TrainerCallback):
 class FiniteGradients(TrainerCallback):
     """Ends the training before a gradient that is not finite reaches the weights, so that the last checkpoint stays good."""
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if args.fp16:  # its scaler leaves such steps out
             return
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad
-            if gradient is not None:
-                own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                if not own.isfinite().all():
-                    raise not_finite(f"the gradient of {name}", args.output_dir, state.global_step + 1)
+        gradients = {name: _local(parameter.grad) for name, parameter in self.trained if parameter.grad is not None}
+        if torch.nn.utils.get_total_norm(
+            gradients.values()
+        ).isfinite():  # one by one they take as long as the optimizer
+            return
+        for name, gradient in gradients.items():
+            if not gradient.isfinite().all():
+                raise not_finite(f"the gradient of {name}", args.output_dir, state.global_step + 1)
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def not_finite(what: str, work: str | Path, step: int) -> NotFiniteError:
