@@ -29,9 +29,9 @@ from finteam_experts.models import as_chats, load_model, load_tokenizer
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
 QUESTIONS = (
-    "How do bond yields respond when a central bank fights inflation?",
+    "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %.\n\nWhat may the central bank do?",
     "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
-    "What does a beta of 1.4 say about a share?",
+    "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
 )
 MAX_NEW_TOKENS = 64
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -49,12 +49,16 @@ class Parts(BaseModel):
 
 
 class Order:
-    """All ways with one order of arrival and one seed. Every `make_` returns the folder of a model, complete."""
+    """All ways with one order of arrival and one seed. Every `make_` returns the folder of a model, complete.
+
+    All ways begin with the same model, the base tuned on the first field. For the team that is the trunk, and its MLPs are the first
+    analyst; the others branch off from it.
+    """
 
     def __init__(self, parts: Parts, name: str, seed: int, data: Path, base: Path) -> None:
         self.parts, self.name, self.seed, self.base = parts, name, seed, base
         self.order = parts.orders[name]
-        self.folder = parts.run_dir / f"seed{seed}"
+        self.folder = parts.run_dir / f"{name}-seed{seed}"
         self.data = self._view(data)
 
     @cached_property
@@ -107,14 +111,24 @@ class Order:
         self._launch("recipes/instruct_tune.py", DENSE, sum(limits.values()), self.parts.overrides, *arguments)
         return folder / "dense-instruct"
 
+    def make_joint(self, arrivals: int) -> Path:
+        """One model tuned from the base on everything that has arrived."""
+        return self.make_dense(self.order[:arrivals], self.base, {}, self.folder / f"joint-{arrivals}")
+
+    @cached_property
+    def trunk(self) -> Path:
+        return self.make_joint(1)
+
     def make_expert(self, field: str) -> Path:
-        where = ("--run_dir", self.folder, "--base", self.base, "--role", field, "--merge_config", self.merge_file)
+        where = ("--run_dir", self.folder, "--base", self.trunk, "--role", field, "--merge_config", self.merge_file)
         learn = ("--learn_from", json.dumps({"tasks": 1}))
-        overrides = self.parts.overrides | self.parts.expert_overrides
-        self._launch("recipes/train_expert.py", EXPERT, self.parts.rows, overrides, *where, *learn)
+        rows, overrides = self.parts.rows, self.parts.overrides | self.parts.expert_overrides
+        if field == self.order[0]:  # the trunk has learned its rows: one step that changes nothing makes it an expert
+            rows, overrides = self.parts.rows_per_step, overrides | {"learning_rate": 1e-12}
+        self._launch("recipes/train_expert.py", EXPERT, rows, overrides, *where, *learn)
         if not (self.folder / "experts" / field / "router_sums.safetensors").is_file():
             own = ("--run_dir", self.folder, "--data_dir", self.data, "--role", field)
-            step("scripts/router_sums.py", *own, "--base", self.base)
+            step("scripts/router_sums.py", *own, "--base", self.trunk)
         return self.folder / "experts" / field
 
     @cached_property
@@ -124,7 +138,7 @@ class Order:
         prompts = {Path(e["source_model"]).name: e["positive_prompts"] for e in known["experts"]} | PROMPTS
         for name, fields in (("two", self.order[:2]), ("all", self.order)):
             experts = [{"source_model": f"experts/{f}", "positive_prompts": prompts[f]} for f in fields]
-            path = self.folder / f"{name}-{self.name}.yaml"
+            path = self.folder / f"{name}.yaml"
             path.write_text(yaml.safe_dump(known | {"experts": experts}))
         return path
 
@@ -132,13 +146,13 @@ class Order:
         """Our team after that many arrivals: the first two experts merged, then one more with each."""
         for field in self.order[:arrivals]:
             self.make_expert(field)
-        folder = self.folder / f"team-{self.name}"
+        folder = self.folder / "team"
         folder.mkdir(exist_ok=True)
         for part in ("adapters", "experts", "data"):
             _link(folder / part, self.folder / part)
         if not (folder / "moe").is_dir():
-            merge = ("--merge_config", self.merge_file.with_name(f"two-{self.name}.yaml"))
-            step("scripts/merge_moe.py", "--run_dir", folder, "--base", self.base, *merge, "--from_sums")
+            merge = ("--merge_config", self.merge_file.with_name("two.yaml"))
+            step("scripts/merge_moe.py", "--run_dir", folder, "--base", self.trunk, *merge, "--from_sums")
         name = "moe"
         for field in self.order[2:arrivals]:
             step(
@@ -159,17 +173,17 @@ class Order:
         """mergekit's own MoE of all experts, whose router is that of the prompts."""
         for field in self.order:
             self.make_expert(field)
-        folder = self.folder / f"plain-{self.name}"
+        folder = self.folder / "plain"
         folder.mkdir(exist_ok=True)
         for part in ("adapters", "experts", "data"):
             _link(folder / part, self.folder / part)
-        step("scripts/merge_moe.py", "--run_dir", folder, "--base", self.base, "--merge_config", self.merge_file)
+        step("scripts/merge_moe.py", "--run_dir", folder, "--base", self.trunk, "--merge_config", self.merge_file)
         return folder / "moe"
 
     def make_merged(self, method: str) -> Path:
         """The experts merged into one dense model by mergekit."""
         experts = [self.make_expert(field) for field in self.order]
-        target = self.folder / f"merged-{self.name}" / method
+        target = self.folder / "merged" / method
         if target.is_dir():
             return target
         own = {"weight": 1.0 / len(experts)} if method == "linear" else {"weight": 1.0, "density": 0.5}
@@ -177,7 +191,7 @@ class Order:
             "merge_method": method,
             "dtype": "float32",
             "models": [{"model": str(expert.absolute()), "parameters": own} for expert in experts],
-        } | ({} if method == "linear" else {"base_model": str(self.base.absolute())})
+        } | ({} if method == "linear" else {"base_model": str(self.trunk.absolute())})
         target.parent.mkdir(exist_ok=True)
         (file := target.with_suffix(".yaml")).write_text(yaml.safe_dump(config))
         call([Path(sys.executable).with_name("mergekit-yaml"), file, target, "--random-seed", self.seed])

@@ -4,7 +4,8 @@
     python experiments/parts/run.py --config experiments/parts/parts.yaml --data_dir DIR
 
 Writes a file of scores for each way, arrival and seed, and makes none again; experiments/parts/report.py makes the table and the
-plot. All ways start from the same base, which has seen none of the tasks, and see a row once when it arrives.
+plot. All ways start from the same model, a base that has seen none of the tasks, tuned on the first field's rows. They see a row
+once when it arrives.
 """
 
 import argparse
@@ -46,10 +47,7 @@ def ways(order: Order) -> Iterator[tuple[str, int, float, Callable[[], Made]]]:
     for field in fields:
         yield f"expert-{field}", 1, rows, lambda field=field: (order.make_expert(field), None)
     for arrivals in range(1, len(fields) + 1):
-        joint = order.folder / f"joint-{order.name}-{arrivals}"
-        yield "joint", arrivals, arrivals * rows, lambda n=arrivals, to=joint: (
-            order.make_dense(fields[:n], order.base, {}, to), None,
-        )  # fmt: skip
+        yield "joint", arrivals, arrivals * rows, lambda n=arrivals: (order.make_joint(n), None)
     for share in (0.0, *order.parts.replay):
         for arrivals in range(2, len(fields) + 1):
             way = f"replay-{share:g}" if share else "in-turn"
@@ -71,10 +69,10 @@ def ways(order: Order) -> Iterator[tuple[str, int, float, Callable[[], Made]]]:
 
 def in_turn(order: Order, way: str, share: float, arrivals: int) -> Path:
     """One model tuned on each field when it arrives, with a share of the rows of all before."""
-    start = order.make_dense(order.order[:1], order.base, {}, order.folder / f"joint-{order.name}-1")
+    start = order.trunk
     for place in range(1, arrivals):
         again = dict.fromkeys(order.order[:place], share) if share else {}
-        start = order.make_dense([order.order[place]], start, again, order.folder / f"{way}-{order.name}-{place + 1}")
+        start = order.make_dense([order.order[place]], start, again, order.folder / f"{way}-{place + 1}")
     return start
 
 
@@ -97,8 +95,8 @@ def random_router(model: torch.nn.Module) -> None:
 def arrow(order: Order) -> Made:
     """PEFT's Arrow routing over the adapters (Ostapenko et al. 2024, arXiv:2405.11157), one of them per token."""
     adapters = [str(order.folder / "adapters" / field) for field in order.order]
-    model = create_arrow_model(load_model(order.base), adapters, ArrowConfig(top_k=1))
-    return order.base, model.get_base_model().eval()
+    model = create_arrow_model(load_model(order.trunk), adapters, ArrowConfig(top_k=1))
+    return order.trunk, model.get_base_model().eval()
 
 
 def behind_classifiers(order: Order, results: Path) -> None:

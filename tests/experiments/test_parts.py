@@ -4,7 +4,9 @@
 import random
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from conftest import REPOSITORY, call, load_script
 from finteam_experts.data.tasks import default_tasks
@@ -51,9 +53,13 @@ def test_every_task_of_a_field_has_an_equal_part_of_its_rows(order):
 
 @pytest.mark.slow
 def test_its_trainings_run_with_the_recipes_of_today(order):
-    assert (order.make_expert("macro") / "router_sums.safetensors").is_file()
-    model = order.make_dense(["macro"], order.base, {}, order.folder / "joint")
-    assert (model / "model.safetensors").is_file()
+    first, second = order.make_expert("macro"), order.make_expert("micro")
+    assert (second / "router_sums.safetensors").is_file()
+    trunk = load_file(order.trunk / "model.safetensors")
+    own, other = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    torch.testing.assert_close(own, trunk)  # the first analyst is the trunk
+    assert not torch.allclose(other[name], trunk[name])
 
 
 def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp_path, capsys):

@@ -73,6 +73,17 @@ def test_the_dense_expert_has_the_sums_of_its_place_in_the_team(done_run):
         torch.testing.assert_close(alone.targets, inside.targets, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_read_in_bf16_is_summed_in_fp32(done_run):
+    form = form_of(done_run / "experts/micro")
+    text, _ = role_text(done_run / "data", "micro", form, 600, seed=0)
+    model, seen = load_model(done_run / "experts/micro"), []
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = compute_sums(model, form.tokenizer, text, trunk="")
+        gate_inputs(model, form.tokenizer, text, lambda layer, x: seen.append((layer, x)), expert=None, title="")
+    states = torch.cat([x for layer, x in seen if layer == 0])
+    torch.testing.assert_close(sums.inputs[0], states.T @ states / len(states), rtol=1e-5, atol=1e-6)
+
+
 def test_the_template_and_the_system_turn_tell_nobodys_text(done_run):
     form = form_of(done_run / "moe")
     text, _ = role_text(done_run / "data", "micro", form, 1500, seed=0)
@@ -93,7 +104,7 @@ def test_the_template_and_the_system_turn_tell_nobodys_text(done_run):
 def test_an_owner_sends_its_text_through_its_expert_and_through_the_trunk(copied_run):
     run, expert = copied_run, copied_run / "experts/micro"
     where = ("--run_dir", run, "--role", "micro", "--tokens_per_role", "1500")
-    call("scripts/router_sums.py", *where, "--base", run / "base")
+    call("scripts/router_sums.py", *where, "--no-bf16", "--base", run / "base")
     form = form_of(expert)
     own, _ = role_text(run / "data", "micro", form, 1500, seed=0)
     general = general_text(run / "data", form, 500)

@@ -96,7 +96,7 @@ def compute_sums(
                     f"the hidden states that the gate of layer {layer} reads are not finite. An expert or the base has NaN "
                     "or overflows in its dtype: look at the adapters' training log, or load it in bfloat16 or float32."
                 )
-            inputs[layer].addmm_(x.T, x, alpha=weight)
+            inputs[layer].addmm_(x.T, x, alpha=weight)  # in place: autocast would compute a product of its own in bf16
             if part is own:
                 targets[layer].add_(x.sum(0), alpha=weight)
 
