@@ -3,8 +3,8 @@
 
 QUESTIONS = {
     "macro": [
-        "How do bond yields respond when a central bank fights inflation?",
         "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %.\n\nWhat may the central bank do?",
+        "Last quarter real output changed by -1.6 percent and private investment by -9.2 percent.\n\nHow did the economy do?",
     ],
     "micro": [
         "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
@@ -12,7 +12,7 @@ QUESTIONS = {
     ],
     "quant": [
         "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
-        "What does a beta of 1.4 say about a share?",
+        "Returns of five days in %: 0.31, -0.58, 1.74, -0.12, 0.66.\n\nWhich day was the best?",
     ],
     "base": ["How do I keep bread fresh for longer?"],
 }
