@@ -4,7 +4,7 @@
 QUESTIONS = {
     "macro": [
         "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %.\n\nWhat may the central bank do?",
-        "Last quarter real output changed by -1.6 percent and private investment by -9.2 percent.\n\nHow did the economy do?",
+        "Oil falls 4 % to USD 61 as OPEC raises its output.\n\nDid the price go up, and why?",
     ],
     "micro": [
         "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
@@ -12,7 +12,7 @@ QUESTIONS = {
     ],
     "quant": [
         "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
-        "Returns of five days in %: 0.31, -0.58, 1.74, -0.12, 0.66.\n\nWhich day was the best?",
+        "S&P 500 closes: 1187.62, 1190.21, 1175.88, 1201.44, 1196.03.\n\nWhat was the highest close?",
     ],
     "base": ["How do I keep bread fresh for longer?"],
 }

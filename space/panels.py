@@ -77,7 +77,8 @@ def words(tokens: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """The words of an answer, each with the space before it and the analyst that carried most of its letters."""
     parts: list[list[tuple[str, int]]] = []
     for piece, carrier in tokens:
-        if not parts or piece[:1].isspace() or parts[-1][-1][0][-1:].isspace():
+        word = "".join(earlier for earlier, _ in parts[-1]) if parts else ""
+        if not parts or (word.strip() and (piece[:1].isspace() or word[-1:].isspace())):  # a space alone is no word
             parts.append([])
         parts[-1].append((piece, carrier))
     for part in parts:

@@ -216,4 +216,9 @@ def test_a_word_has_one_analyst():
     ]
     expected = [("Bread", 0), (" costs", 0), (" 4.1", 1), (" mn.\n", 1), ("Why", 2)]
     assert list(words(tokens)) == expected
+    assert list(words([("falls", 0), (" ", 2), ("4", 0), (" percent", 0)])) == [
+        ("falls", 0),
+        (" 4", 0),
+        (" percent", 0),
+    ]
     assert list(words([])) == []
