@@ -16,7 +16,7 @@ Experts that were tuned apart have other hidden states than before: fit the rout
 import argparse
 from pathlib import Path
 
-from finteam_experts.threads import has_bf16_units, use_available_cores  # before torch
+from finteam_experts.threads import use_available_cores  # before torch
 
 import torch
 from accelerate import PartialState
@@ -85,8 +85,6 @@ def main() -> None:
         "--scale", type=float, help="how sharply the gates mix (default: by the held-back text's loss)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which passages are drawn")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16_units(),
-                        help="read the text in bfloat16 (default: where this CPU has units for it)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a router fitted with other settings")
     args = parser.parse_args()
     if args.tokens_per_role < 256 or args.ridge <= 0:
@@ -127,8 +125,7 @@ def main() -> None:
 
     model = load_model(moe).to(PartialState().device)
     trunk = trunk_fingerprint(moe)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-        sums = team_sums(model, tokenizer, [own for own, _ in text], general, args.ridge, trunk=trunk)
+    sums = team_sums(model, tokenizer, [own for own, _ in text], general, args.ridge, trunk=trunk)
     gates, results = fit(model, tokenizer, sums, [held_back for _, held_back in text], args.ridge, args.scale)
     del model  # room for the files below
 

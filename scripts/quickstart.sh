@@ -52,7 +52,7 @@ done
 
 # Step 2: the experts become one mixture of experts, with a router that is fitted to them
 run "merge" merge_moe "${team[@]}" "${trunk[@]}"
-run "router" fit_router "${data[@]}" ${scoring[@]+"${scoring[@]}"}
+run "router" fit_router "${data[@]}"
 
 # Step 3: tune the whole team for a few steps, and the trunk for as many steps as experts and team had, for comparison
 launch "tune: team" instruct_tune instruct_tune_moe "${training[@]}"

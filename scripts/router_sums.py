@@ -11,9 +11,8 @@ conversations in RUN_DIR/data. Writes router_sums.safetensors into RUN_DIR/exper
 import argparse
 from pathlib import Path
 
-from finteam_experts.threads import has_bf16_units, use_available_cores  # before torch
+from finteam_experts.threads import use_available_cores  # before torch
 
-import torch
 from accelerate import PartialState
 
 from finteam_experts.data.calibration import CHAT_SHARE, general_text, role_text
@@ -33,8 +32,6 @@ def main() -> None:
     parser.add_argument("--tokens_per_role", type=int, default=TOKENS_PER_ROLE, help="tokens of the analyst's text")
     parser.add_argument("--chat_share", type=float, default=CHAT_SHARE, help="share of them in the chat format")
     parser.add_argument("--seed", type=int, default=0, help="which passages are drawn")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16_units(),
-                        help="read the text in bfloat16 (default: where this CPU has units for it)")  # fmt: skip
     args = parser.parse_args()
 
     use_available_cores()
@@ -52,13 +49,12 @@ def main() -> None:
     own, _ = role_text(data, args.role, form, args.tokens_per_role, args.seed, args.chat_share)
     general = general_text(data, form, args.tokens_per_role // 3)
     device = PartialState().device
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        sums = mean_of(
-            *(
-                compute_sums(load_model(folder).to(device), form.tokenizer, own, general, trunk=trunk)
-                for folder in (expert, base)
-            )
+    sums = mean_of(
+        *(
+            compute_sums(load_model(folder).to(device), form.tokenizer, own, general, trunk=trunk)
+            for folder in (expert, base)
         )
+    )
     save_sums(sums, expert / SUMS)
     size = (expert / SUMS).stat().st_size / 1e6
     print(f"{expert / SUMS}: {size:.0f} MB, of {sums.tokens} tokens of {args.role}")

@@ -180,7 +180,6 @@ def test_fitting_replaces_the_gates_and_nothing_else(merged, heldout):
 
 def test_a_given_scale_is_taken(copied_run):
     moe = copied_run / "moe"
-    fit_router(copied_run, "--overwrite")
     chosen, scale = gates.read_gates(moe), runs.read_record(moe)["router"]["results"]["scale"]
     fit_router(copied_run, "--overwrite", "--scale", "0.25")
     torch.testing.assert_close(gates.read_gates(moe) * (scale / 0.25), chosen)

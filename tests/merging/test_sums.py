@@ -104,7 +104,7 @@ def test_the_template_and_the_system_turn_tell_nobodys_text(done_run):
 def test_an_owner_sends_its_text_through_its_expert_and_through_the_trunk(copied_run):
     run, expert = copied_run, copied_run / "experts/micro"
     where = ("--run_dir", run, "--role", "micro", "--tokens_per_role", "1500")
-    call("scripts/router_sums.py", *where, "--no-bf16", "--base", run / "base")
+    call("scripts/router_sums.py", *where, "--base", run / "base")
     form = form_of(expert)
     own, _ = role_text(run / "data", "micro", form, 1500, seed=0)
     general = general_text(run / "data", form, 500)

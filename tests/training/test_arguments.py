@@ -50,6 +50,9 @@ TASKS = default_tasks()
         (("--gradient_accumulation_steps", "-2"), "gradient_accumulation_steps is -2"),
         (("--weight_decay", "-0.1"), "weight_decay is -0.1; it has to be 0 or more"),
         (("--lora_r", "0"), "lora_r is 0"),
+        (("--lora_dropout", "1.5"), "lora_dropout is 1.5; it has to be below 1"),
+        (("--adam_beta2", "1.0"), "adam_beta2 is 1.0"),
+        (("--seed", "-1"), "seed is -1"),
         (("--lr_scheduler_kwargs", "{num_decay_steps: 1}"), "value {num_decay_steps: 1} is not JSON: .*double quotes"),
         (
             ("--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'),

@@ -38,9 +38,9 @@ def assemble(config: MoEMergeConfig, base: Path, base_config: PretrainedConfig, 
     """Write the MoE of `config`, whose models are absolute paths, to the folder `target`."""
     new_writer(target)  # clears what an interrupted merge left
     options = MergeOptions(copy_tokenizer=False, out_shard_size=min(SHARD_BYTES, max(2**28, size_of(base) // 5)))
+    family = family_of(base_config)
     # "not usable in llama.cpp" no longer holds: it takes any number of experts. That layers are on disk is what we want.
     logging.disable(logging.WARNING)
-    family = family_of(base_config)
     common.TensorWriter = _per_expert_writer(family)
     try:
         gates = _prompt_gates(config, base)

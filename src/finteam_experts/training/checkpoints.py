@@ -27,16 +27,13 @@ class CompleteCheckpoints(TrainerCallback):
 class FiniteGradients(TrainerCallback):
     """Ends the training before a gradient that is not finite reaches the weights, so that the last checkpoint stays good."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if args.fp16:  # its scaler leaves such steps out
             return
-        gradients = {name: _local(parameter.grad) for name, parameter in self.trained if parameter.grad is not None}
-        if torch.nn.utils.get_total_norm(
-            gradients.values()
-        ).isfinite():  # one by one they take as long as the optimizer
+        found = ((name, parameter.grad) for name, parameter in model.named_parameters())
+        gradients = {name: _local(gradient) for name, gradient in found if gradient is not None}
+        # one by one they take as long as the optimizer, and the norm of many finite ones can overflow
+        if torch.nn.utils.get_total_norm(gradients.values()).isfinite():
             return
         for name, gradient in gradients.items():
             if not gradient.isfinite().all():

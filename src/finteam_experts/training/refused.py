@@ -30,10 +30,12 @@ _REFUSED = {
     "output_dir": "It is set by run_dir, so that the next step finds it. Remove it, set run_dir.",
 }  # fmt: skip
 
-# Numbers that torch and PEFT refuse in the middle of a run, or take to mean something else: they have to be above zero ...
+# Numbers that torch and PEFT refuse in the middle of a run, or take to mean something else, by what they have to be.
 _ABOVE_ZERO = {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
                "save_steps", "lora_r", "lora_alpha"}  # fmt: skip
-_FROM_ZERO = {"weight_decay", "max_grad_norm", "lora_dropout"}  # ... or not below it
+_FROM_ZERO = {"weight_decay", "max_grad_norm", "lora_dropout", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed",
+              "dataloader_num_workers"}  # fmt: skip
+_BELOW_ONE = {"lora_dropout", "adam_beta1", "adam_beta2"}
 
 
 def check_settings(arguments: SFTConfig | ModelConfig) -> None:
@@ -46,10 +48,14 @@ def check_settings(arguments: SFTConfig | ModelConfig) -> None:
             if f.name == name or (name.endswith("_") and f.name.startswith(name)):
                 found = value.value if isinstance(value, Enum) else value
                 raise InputError(f"{f.name} is {found!r}, which a recipe can't set. {reason}")
-        if f.name in _ABOVE_ZERO and not value > 0:
-            raise InputError(f"{f.name} is {value}; it has to be above 0.")
-        if f.name in _FROM_ZERO and not value >= 0:
-            raise InputError(f"{f.name} is {value}; it has to be 0 or more.")
+        if isinstance(value, int | float):
+            for names, right, wanted in (
+                (_ABOVE_ZERO, value > 0, "above 0"),
+                (_FROM_ZERO, value >= 0, "0 or more"),
+                (_BELOW_ONE, value < 1, "below 1"),
+            ):
+                if f.name in names and not right:
+                    raise InputError(f"{f.name} is {value}; it has to be {wanted}.")
     if isinstance(arguments, SFTConfig):
         if arguments.save_strategy == "best":
             raise InputError(f"save_strategy is 'best'. {_SCORED} Set it to steps or epoch.")
