@@ -54,10 +54,8 @@ def read_results(folder: Path, order: list[str], fields: dict[str, list[str]]) -
         kinds = ("scores", "predictions")
         oracle = {kind: {task: part[kind][task] for task, part in own.items()} for kind in kinds}
         found["oracle", len(order)] = oracle | {"way": "oracle", "arrivals": len(order), "rows": experts[-1]["rows"]}
-        found["team", 1] = experts[0] | {"way": "team"}
-    for way in {way for way, _ in found if way == "in-turn" or way.startswith("replay")}:
-        if ("joint", 1) in found:
-            found[way, 1] = found["joint", 1]
+        for way in {way for way, _ in found if way in LINES or way.startswith("replay")}:
+            found[way, 1] = experts[0] | {"way": way}  # the first analyst is the trunk, with which all of them begin
     return found
 
 
@@ -130,6 +128,14 @@ def main() -> None:
                 there = [part for part in there if set(parts.fields[field]) <= set(part["scores"])]
                 cells.append(f"{mean(average(part, [parts.fields[field]]) for part in there):.3f}" if there else "-")
             lines.append(f"| {field}, {title(way)} | {' | '.join(cells)} |")
+
+    shown = [way for way in ("base", *LINES, "oracle") if way in ways]
+    lines += ["", "| task after the last arrival | " + " | ".join(title(way) for way in shown) + " |"]
+    lines += ["|---" * (len(shown) + 1) + "|"]
+    for name, task in tasks.items():
+        parts_of = [[own[way, 0 if way == "base" else last] for own in runs] for way in shown]
+        cells = [f"{mean(part['scores'][name] for part in own):.3f}" for own in parts_of]
+        lines.append(f"| {task.title} | {' | '.join(cells)} |")
 
     without = [field for field in parts.fields if all((f"without-{field}", last) in own for own in runs)]
     if without:

@@ -46,14 +46,13 @@ def ways(order: Order) -> Iterator[tuple[str, int, float, Callable[[], Made]]]:
     yield "base", 0, 0, lambda: (order.base, None)
     for field in fields:
         yield f"expert-{field}", 1, rows, lambda field=field: (order.make_expert(field), None)
-    for arrivals in range(1, len(fields) + 1):
+    for arrivals in range(2, len(fields) + 1):
         yield "joint", arrivals, arrivals * rows, lambda n=arrivals: (order.make_joint(n), None)
     for share in (0.0, *order.parts.replay):
         for arrivals in range(2, len(fields) + 1):
             way = f"replay-{share:g}" if share else "in-turn"
-            yield way, arrivals, rows * (1 + share * (arrivals - 1)), lambda n=arrivals, way=way, share=share: (
-                in_turn(order, way, share, n), None,
-            )  # fmt: skip
+            trained = rows * (1 + share * (arrivals - 1))
+            yield way, arrivals, trained, lambda n=arrivals, share=share: (order.make_in_turn(n, share), None)
     for arrivals in range(2, len(fields) + 1):
         yield "team", arrivals, rows, lambda n=arrivals: (order.make_team(n), None)
     last = len(fields)
@@ -65,15 +64,6 @@ def ways(order: Order) -> Iterator[tuple[str, int, float, Callable[[], Made]]]:
     for method in ("linear", "ties", "dare_ties"):
         yield method, last, rows, lambda method=method: (order.make_merged(method), None)
     yield "arrow", last, rows, lambda: arrow(order)
-
-
-def in_turn(order: Order, way: str, share: float, arrivals: int) -> Path:
-    """One model tuned on each field when it arrives, with a share of the rows of all before."""
-    start = order.trunk
-    for place in range(1, arrivals):
-        again = dict.fromkeys(order.order[:place], share) if share else {}
-        start = order.make_dense([order.order[place]], start, again, order.folder / f"{way}-{place + 1}")
-    return start
 
 
 def changed(folder: Path, change: Callable[[torch.nn.Module], None]) -> Made:

@@ -51,6 +51,21 @@ def test_every_task_of_a_field_has_an_equal_part_of_its_rows(order):
     assert counts == {f"{task}_train.jsonl": 16 // len(own) for own in FIELDS.values() for task in own}
 
 
+def test_second_questions_are_answered_by_every_way(order, toy_base, monkeypatch):
+    two_fields = load_script("experiments/parts/two_fields.py")
+    asked = list(two_fields.conversations(order, 4))
+    assert len(asked) == 3 * 2 * 4
+    assert {own.fields for own in asked} == {(a, b) for a in FIELDS for b in FIELDS if a != b}
+    for own in asked:
+        assert own.turns[1]["content"] in own.turns[0]["content"]  # the first answer is one of the labels asked for
+        assert own.label in own.labels and own.turns[2]["role"] == "user"
+    for make in ("make_joint", "make_in_turn", "make_team", "make_expert"):
+        monkeypatch.setattr(order, make, lambda *_: toy_base)
+    found = two_fields.measure(order, 4)
+    assert {len(right) for right in found.values()} == {24}
+    assert len({sum(right) for right in found.values()}) == 1  # one model, whoever asks it
+
+
 @pytest.mark.slow
 def test_its_trainings_run_with_the_recipes_of_today(order):
     first, second = order.make_expert("macro"), order.make_expert("micro")
@@ -66,7 +81,7 @@ def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp
     rng, results = random.Random(0), tmp_path / "results/o-seed0"
     results.mkdir(parents=True)
     scores = {"base": 0.1, "joint": 0.7, "in-turn": 0.3, "team": 0.6, "arrow": 0.4}
-    parts = [(way, n) for way in ("joint", "in-turn", "team") for n in (1, 2, 3) if (way, n) not in {("team", 1)}]
+    parts = [(way, n) for way in ("joint", "in-turn", "team") for n in (2, 3)]
     for way, n in [("base", 0), ("arrow", 3), *parts, *((f"expert-{field}", 1) for field in FIELDS)]:
         digits = {name: "".join(str(rng.randrange(len(TASKS[name].labels))) for _ in range(8)) for name in TASKS}
         about = {"way": way, "arrivals": n, "rows": 16}
@@ -79,6 +94,7 @@ def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp
     assert lines["| one model, tuned again on everything"][1] == "0.700"
     assert lines["| **team, one expert per token**"][1:3] == ["0.600", "-"]
     assert lines["| **team, one expert per token**"][3] == "+0.100"  # its first field: .5 by its own expert, .6 now
+    assert lines["| one model, tuned in turn"][3] == "-0.200"
     assert lines["| each row to the expert of its field"][1] == "0.500"
     assert (tmp_path / "parts.md").read_text().count("\n") > 8
     assert (tmp_path / "parts.png").stat().st_size > 1000

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations that go from one field to another: who is right after a question of another field?
+
+    python experiments/parts/two_fields.py --config experiments/parts/parts.yaml --data_dir DIR
+
+Adapters behind a switch keep the analyst of the first question, or read the whole conversation again with another one. A team goes
+on where it is. Needs the models of experiments/parts/run.py, and makes those that are missing.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, permutations
+from pathlib import Path
+from statistics import mean
+
+from finteam_experts.threads import use_available_cores  # before torch
+
+from lm_eval.api.instance import Instance
+
+from finteam_experts.chats import Turns
+from finteam_experts.data.files import rows_to_score
+from finteam_experts.data.tasks import render_all
+from finteam_experts.errors import run
+from finteam_experts.evaluation.labels import LabelScoringLM
+from finteam_experts.families import is_moe
+from finteam_experts.files import read_json, read_yaml, write_json
+from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
+from finteam_experts.training.experts import split_experts
+from parts import Order, Parts
+
+TITLES = {
+    "joint": "one model, tuned again on everything",
+    "in-turn": "one model, tuned in turn",
+    "second expert": "the expert of the second question, which reads everything again",
+    "team": "**team**",
+    "first expert": "the expert of the first question",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A question of one field with its answer, and a question of another."""
+
+    fields: tuple[str, str]
+    turns: Turns
+    label: str
+    labels: tuple[str, ...]
+
+
+def conversations(order: Order, count: int) -> Iterator[Conversation]:
+    """`count` conversations of every ordered pair of fields, from the test rows of their tasks."""
+    tokenizer, asked = load_tokenizer(order.base), {}
+    for field in order.order:
+        by_task = []
+        for name in order.parts.fields[field]:
+            task = order.tasks[name]
+            rows = rows_to_score(order.data, task, "test", order.parts.limit)
+            prompts = render_all(task, rows, tokenizer)
+            by_task.append([(prompt, row["label"], task.labels) for prompt, row in zip(prompts, rows, strict=True)])
+        asked[field] = list(chain(*zip(*by_task, strict=False)))[:count]  # one of each task, in turn
+    for first, second in permutations(order.order, 2):
+        for (before, answer, _), (question, label, labels) in zip(asked[first], asked[second], strict=True):
+            said = ("user", before), ("assistant", answer), ("user", question)
+            turns = [{"role": role, "content": text} for role, text in said]
+            yield Conversation((first, second), turns, label, labels)
+
+
+def answers(folder: Path, asked: list[Conversation], *, bf16: bool) -> list[bool]:
+    """Whether the likeliest label of each second question is the true one."""
+    form, model = as_chats(load_tokenizer(folder), folder), load_model(folder)
+    if is_moe(model.config):
+        split_experts(model)
+    pairs = [(own.turns, label) for own in asked for label in own.labels]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    scores = iter(LabelScoringLM(pretrained=model, form=form, bf16=bf16).loglikelihood(requests))
+    return [max(own.labels, key={label: next(scores) for label in own.labels}.get) == own.label for own in asked]
+
+
+def measure(order: Order, count: int) -> dict[str, list[bool]]:
+    """By way, whether each second question is answered right."""
+    asked, last = list(conversations(order, count)), len(order.order)
+    bf16 = bool(order.parts.overrides.get("bf16"))
+    folders = {
+        "joint": order.make_joint(last),
+        "in-turn": order.make_in_turn(last),
+        "team": order.make_team(last),
+    }
+    found = {way: answers(folder, asked, bf16=bf16) for way, folder in folders.items()}
+    found |= {"first expert": [], "second expert": []}
+    for field in order.order:
+        own = [conversation for conversation in asked if field in conversation.fields]
+        for conversation, right in zip(own, answers(order.make_expert(field), own, bf16=bf16), strict=True):
+            found["first expert" if conversation.fields[0] == field else "second expert"].append(right)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML")
+    parser.add_argument("--data_dir", type=Path, required=True, help="data directory with the tasks of all fields")
+    parser.add_argument("--base", help="dense base: Hub id or folder (default: the quickstart's)")
+    parser.add_argument("--count", type=int, default=30, help="conversations of each pair of fields (default: 30)")
+    args = parser.parse_args()
+    parts = Parts.model_validate(read_yaml(args.config))
+    base = local_folder(args.base or "outputs/quickstart/base")
+    use_available_cores()
+    runs = []
+    for seed in parts.seeds:
+        for name in parts.orders:
+            path = args.config.parent / parts.results / f"{name}-seed{seed}" / "two_fields" / "right.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, measure(Order(parts, name, seed, args.data_dir, base), args.count))
+            runs.append(read_json(path))
+    print(f"Right answers to {len(runs[0]['team'])} second questions, mean of {len(runs)} runs:")
+    for way, title in TITLES.items():
+        print(f"| {title} | {mean(mean(own[way]) for own in runs):.3f} |")
+
+
+if __name__ == "__main__":
+    run(main)
