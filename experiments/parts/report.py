@@ -159,7 +159,7 @@ def main() -> None:
             mean(average(own[way, n], fields[:n]) for own, fields in zip(runs, every, strict=True)) for n in places
         ]
         axes.plot(places, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=title(way).strip("*"))
-    for way in ("ties", "arrow", "hidden-gates"):
+    for way in ("arrow", "dare_ties", "hidden-gates"):
         if way in ways:
             axes.plot([last], [scored[way]], "x", label=title(way))
     axes.set(xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=range(1, last + 1))
