@@ -16,6 +16,7 @@ from statistics import mean
 
 from finteam_experts.threads import use_available_cores  # before torch
 
+import numpy as np
 from lm_eval.api.instance import Instance
 
 from finteam_experts.chats import Turns
@@ -87,11 +88,12 @@ def measure(order: Order, count: int) -> dict[str, list[bool]]:
         "team": order.make_team(last),
     }
     found = {way: answers(folder, asked, bf16=bf16) for way, folder in folders.items()}
-    found |= {"first expert": [], "second expert": []}
+    found |= {"first expert": [False] * len(asked), "second expert": [False] * len(asked)}
     for field in order.order:
-        own = [conversation for conversation in asked if field in conversation.fields]
-        for conversation, right in zip(own, answers(order.make_expert(field), own, bf16=bf16), strict=True):
-            found["first expert" if conversation.fields[0] == field else "second expert"].append(right)
+        places = [place for place, conversation in enumerate(asked) if field in conversation.fields]
+        own = answers(order.make_expert(field), [asked[place] for place in places], bf16=bf16)
+        for place, right in zip(places, own, strict=True):
+            found["first expert" if asked[place].fields[0] == field else "second expert"][place] = right
     return found
 
 
@@ -113,9 +115,12 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, measure(Order(parts, name, seed, args.data_dir, base), args.count))
             runs.append(read_json(path))
-    print(f"Right answers to {len(runs[0]['team'])} second questions, mean of {len(runs)} runs:")
+    print(f"Right answers to {len(runs[0]['team'])} second questions, mean of {len(runs)} runs, and team minus it:")
     for way, title in TITLES.items():
-        print(f"| {title} | {mean(mean(own[way]) for own in runs):.3f} |")
+        gaps = np.array([np.subtract(own["team"], own[way], dtype=float) for own in runs])
+        half = 1.96 * gaps.std(ddof=1) / gaps.size**0.5  # a 95 % interval over conversations
+        right = mean(mean(own[way]) for own in runs)
+        print(f"| {title} | {right:.3f} | {gaps.mean():+.3f} [{gaps.mean() - half:+.3f}, {gaps.mean() + half:+.3f}] |")
 
 
 if __name__ == "__main__":
