@@ -97,6 +97,13 @@ def measure(order: Order, count: int) -> dict[str, list[bool]]:
     return found
 
 
+def gaps_by_question(found: dict[str, list[bool]], way: str, order: list[str]) -> np.ndarray:
+    """Team minus `way` for each second question, [questions]: the mean over the fields that it is asked after."""
+    seconds = np.array([order.index(second) for _, second in permutations(order, 2)])
+    gaps = np.subtract(found["team"], found[way], dtype=float).reshape(len(seconds), -1)  # [pairs of fields, count]
+    return np.concatenate([gaps[seconds == field].mean(0) for field in range(len(order))])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML")
@@ -110,16 +117,18 @@ def main() -> None:
     runs = []
     for seed in parts.seeds:
         for name in parts.orders:
-            path = args.config.parent / parts.results / f"{name}-seed{seed}" / "two_fields" / "right.json"
+            path = args.config.parent / parts.results / "two_fields" / f"{name}-seed{seed}.json"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, measure(Order(parts, name, seed, args.data_dir, base), args.count))
-            runs.append(read_json(path))
-    print(f"Right answers to {len(runs[0]['team'])} second questions, mean of {len(runs)} runs, and team minus it:")
+            runs.append((parts.orders[name], read_json(path)))
+    print(
+        f"Right answers to second questions, mean of {len(runs)} runs, and team minus it, 95 % interval over questions:"
+    )
     for way, title in TITLES.items():
-        gaps = np.array([np.subtract(own["team"], own[way], dtype=float) for own in runs])
-        half = 1.96 * gaps.std(ddof=1) / gaps.size**0.5  # a 95 % interval over conversations
-        right = mean(mean(own[way]) for own in runs)
+        right = mean(mean(found[way]) for _, found in runs)
+        gaps = np.concatenate([gaps_by_question(found, way, order) for order, found in runs])
+        half = 1.96 * gaps.std(ddof=1) / gaps.size**0.5
         print(f"| {title} | {right:.3f} | {gaps.mean():+.3f} [{gaps.mean() - half:+.3f}, {gaps.mean() + half:+.3f}] |")
 
 

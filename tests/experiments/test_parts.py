@@ -63,7 +63,10 @@ def test_second_questions_are_answered_by_every_way(order, toy_base, monkeypatch
         monkeypatch.setattr(order, make, lambda *_: toy_base)
     found = two_fields.measure(order, 4)
     assert {len(right) for right in found.values()} == {24}
-    assert len({sum(right) for right in found.values()}) == 1  # one model, whoever asks it
+    assert len({sum(right) for right in found.values()}) == 1  # every way is the same model here
+    joint = {"team": [True] * 24, "joint": [False] * 4 + [True] * 20}  # wrong where micro follows macro
+    gaps = two_fields.gaps_by_question(joint, "joint", list(FIELDS))
+    assert gaps.tolist() == [0.0] * 4 + [0.5] * 4 + [0.0] * 4
 
 
 @pytest.mark.slow
