@@ -18,7 +18,6 @@ from pathlib import Path
 
 from finteam_experts.threads import use_available_cores  # before torch
 
-import yaml
 from datasets import Dataset
 from transformers import PretrainedConfig
 from trl import SFTConfig, SFTTrainer
@@ -28,7 +27,6 @@ from finteam_experts.chats import ChatFormat
 from finteam_experts.data import leaks
 from finteam_experts.data.conversations import chat_file, chat_roles, check_chat_roles
 from finteam_experts.data.files import check_roles, corpus_file, read_corpus, task_file, tasks_of
-from finteam_experts.data.mixture import row_limits
 from finteam_experts.data.tasks import Tasks, about_tasks, prompting
 from finteam_experts.data.trl_datasets import DatasetArguments
 from finteam_experts.errors import InputError, run
@@ -37,7 +35,7 @@ from finteam_experts.evaluation.routing import RoutingCallback
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.models import as_chats, check_base, load_tokenizer, local_folder, read_config
-from finteam_experts.training.arguments import BaseModelConfig, RunArguments, parse, settings
+from finteam_experts.training.arguments import BaseModelConfig, RunArguments, TaskRowArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora, tuning_results
 from finteam_experts.training.rows import (
     as_dataset,
@@ -55,7 +53,7 @@ OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct", "expert": "experts-i
 
 
 @dataclass
-class TuneArguments(DatasetArguments, RunArguments):
+class TuneArguments(TaskRowArguments, DatasetArguments, RunArguments):
     start_from: str = field(default="moe", metadata={"help": "What to tune.", "choices": list(OUTPUTS)})
     as_trunk: bool = field(
         default=False,
@@ -66,13 +64,9 @@ class TuneArguments(DatasetArguments, RunArguments):
         default=None, metadata={"help": "Tune on these tasks of the data directory alone."}
     )
     own_tasks: bool = field(default=False, metadata={"help": "Tune that expert on the tasks of its role alone."})
-    rows_per_task: int | None = field(default=None, metadata={"help": "At most this many train rows of each task."})
     chat_share: float | None = field(
         default=None,
         metadata={"help": "Share of the tokens that are of conversations. Default: all rows that there are."},
-    )
-    rows_of_task: dict | str | None = field(
-        default=None, metadata={"help": "Another limit for some tasks, as {stock_movement: 160}."}
     )
     hold_out_validation: bool = field(
         default=False, metadata={"help": "Leave out the train rows that evaluate.py --split valid scores."}
@@ -101,15 +95,6 @@ class TuneArguments(DatasetArguments, RunArguments):
             raise InputError(f"as_trunk is for start_from base; start_from is {self.start_from}.")
         if self.own_tasks and not self.role:
             raise InputError("own_tasks is for one expert tuned by itself: pass --start_from expert --role ROLE.")
-
-    def limits(self, tasks: Tasks) -> dict[str, int | None]:
-        of_task = self.rows_of_task
-        try:
-            return row_limits(
-                tasks, self.rows_per_task, yaml.safe_load(of_task) if isinstance(of_task, str) else of_task
-            )
-        except yaml.YAMLError:
-            raise InputError(f"rows_of_task is {of_task!r}; write it as '{{stock_movement: 160}}'.") from None
 
     def check_task_routing(
         self, tasks: Tasks, team: list[str], training_args: SFTConfig, model_args: BaseModelConfig

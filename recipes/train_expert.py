@@ -40,7 +40,7 @@ from finteam_experts.files import file_hash
 from finteam_experts.fingerprints import PLAIN_TEXT_PARTS, fingerprint
 from finteam_experts.merging.config import SHARED, check_role, read_merge_config, trained_roles
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, as_chats, check_base, load_tokenizer, local_folder
-from finteam_experts.training.arguments import BaseModelConfig, RunArguments, parse, settings
+from finteam_experts.training.arguments import BaseModelConfig, RunArguments, TaskRowArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
 from finteam_experts.training.rows import (
     Example,
@@ -57,7 +57,7 @@ MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 
 @dataclass
-class ExpertArguments(DatasetArguments, RunArguments):
+class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
     role: str | None = field(default=None, metadata={"help": "A role of the merge, or shared: all of them."})
     corpus: str | None = field(
         default=None,
@@ -105,7 +105,8 @@ class ExpertArguments(DatasetArguments, RunArguments):
     def set_steps(self, training_args: SFTConfig, roles: list[str]) -> None:
         """Set the steps of this training from `steps_per_task`, unless its own settings say how many."""
         if self.learn_from and self.steps_per_task and training_args.max_steps < 1:
-            tasks = sum(task.role in roles for task in tasks_of(self.data).values())
+            limits = self.limits(known := tasks_of(self.data))
+            tasks = sum(task.role in roles and limits[name] != 0 for name, task in known.items())
             training_args.max_steps = self.steps_per_task * max(1, tasks)
 
     def roles(self) -> list[str]:
@@ -151,7 +152,8 @@ def role_rows(
 ) -> tuple[Dataset, object]:
     """The rows to train on, in the shares of `learn_from`, and what the record says of where they are from."""
     data, role, seed = args.data, args.role, training_args.seed
-    tasks = {name: task for name, task in tasks_of(data).items() if task.role == role}
+    limits = args.limits(tasks_of(data))
+    tasks = {name: task for name, task in tasks_of(data).items() if task.role == role and limits[name] != 0}
     leaks.check_tasks(data, tasks)
     leaks.check_corpora(data, [role])
     leaks.check_chats(data, chat_roles(data))
@@ -167,7 +169,7 @@ def role_rows(
             parts[part] = conversation_examples(form, read_chats(data, whose), whose)
             hashes[part] = file_hash(chat_file(data, whose))
     if "tasks" in args.learn_from:
-        parts["tasks"] = task_examples(data, tasks, form, seed, dict.fromkeys(tasks), hold_out=False)
+        parts["tasks"] = task_examples(data, tasks, form, seed, limits, hold_out=False)
         hashes["tasks"] = {name: file_hash(task_file(data, name, "train")) for name in tasks}
         hashes["asked"] = prompting(tasks)
     if args.sources():

@@ -11,11 +11,14 @@ from typing import Any, get_type_hints
 from finteam_experts.threads import has_bf16_units
 
 import torch
+import yaml
 from accelerate import PartialState
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from transformers import PretrainedConfig
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from finteam_experts.data.mixture import row_limits
+from finteam_experts.data.tasks import Tasks
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.families import is_moe
 from finteam_experts.files import read_yaml
@@ -68,6 +71,23 @@ class RunArguments:
                 "multiple of processes times per_device_train_batch_size."
             )
         training_args.gradient_accumulation_steps = self.rows_per_step // (processes * rows)
+
+
+@dataclass
+class TaskRowArguments:
+    rows_per_task: int | None = field(default=None, metadata={"help": "At most this many train rows of each task."})
+    rows_of_task: dict | str | None = field(
+        default=None, metadata={"help": "Another limit for some tasks, as {stock_movement: 160}."}
+    )
+
+    def limits(self, tasks: Tasks) -> dict[str, int | None]:
+        """The most train rows to take of each of the data's tasks; `InputError` for wrong limits."""
+        of_task = self.rows_of_task
+        try:
+            of_task = yaml.safe_load(of_task) if isinstance(of_task, str) else of_task
+        except yaml.YAMLError:
+            raise InputError(f"rows_of_task is {of_task!r}; write it as '{{stock_movement: 160}}'.") from None
+        return row_limits(tasks, self.rows_per_task, of_task)
 
 
 @dataclass
