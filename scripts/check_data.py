@@ -11,6 +11,7 @@ can't be used. The exit code is then not 0.
 import argparse
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 from finteam_experts.threads import use_available_cores  # before torch
 
@@ -26,6 +27,7 @@ from finteam_experts.errors import InputError, run
 from finteam_experts.merging.config import read_merge_config, roles, trained_roles
 from finteam_experts.models import as_chats, load_tokenizer, local_folder
 
+MANY_TIMES = 4
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 
@@ -61,6 +63,16 @@ def task_table(data: Path, tasks: Tasks, form: ChatFormat) -> Table:
         numbers = [f"{sum(lengths):,}", f"{max(lengths):,}", str(again["repeated"]), str(again["contradicting"])]
         table.add_row(name, task.role or "none", task.main_score, *counts, *numbers, labels)
     return table
+
+
+def note_uneven(rows: dict[str, int]) -> None:
+    """Say so if one task has many more train rows than most: rows are drawn from all of them alike."""
+    largest, usual = max(rows, key=rows.get), round(median(rows.values()))
+    if rows[largest] > MANY_TIMES * usual:
+        print(
+            f"Note: {largest} has {rows[largest]:,} train rows, half of the tasks {usual:,} or fewer. Training will see mostly "
+            f"{largest}: --rows_per_task {usual} takes as many of each"
+        )
 
 
 def _labels(rows: list[dict[str, str]]) -> list[str]:
@@ -113,6 +125,8 @@ def main() -> None:
     for role in names:
         if role not in talkers and role not in {task.role for task in tasks.values()}:
             print(f"Note: {role} has no task and no conversation: its expert learns from plain text alone")
+    if tasks:
+        note_uneven({name: len(read_task(data, task, "train")) for name, task in tasks.items()})
     if not tasks and not talkers:
         raise InputError(f"{data} has nothing to tune on: no tasks/TASK_train.jsonl and no chats/ROLE.jsonl.")
     if GENERAL in talkers and "base" not in roles(team):

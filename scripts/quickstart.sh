@@ -5,6 +5,7 @@
 #   bash scripts/quickstart.sh                                        # sample data; docs/speed.md has the time
 #   bash scripts/quickstart.sh --max_steps 4 --limit 8                # every step, shortened
 #   bash scripts/quickstart.sh --run_dir outputs/mine --data_dir DIR  # your own data directory
+#   bash scripts/quickstart.sh --run_dir outputs/mine --data_dir DIR --rows_per_task 900  # no task drowns the others
 #   bash scripts/quickstart.sh --run_dir outputs/mine --base ID       # your own base: folder or Hub id
 #   bash scripts/quickstart.sh --run_dir outputs/mine --merge_config YAML  # your own team
 set -euo pipefail
@@ -19,9 +20,9 @@ while [ $# -gt 0 ]; do
     --base) base=$2 ;;
     --merge_config) merge_config=$2 ;;
     --limit) limit=$2 ;;
-    --max_steps | --seed) settings+=("$1" "$2") ;;  # of every training
+    --max_steps | --seed | --rows_per_task) settings+=("$1" "$2") ;;  # of every training
     --bf16) settings+=("$1" "$2"); [ "$2" = true ] && scoring=(--bf16) || scoring=(--no-bf16) ;;
-    *) echo "error: unknown option '$1'; known: --run_dir --data_dir --base --merge_config --limit --max_steps --seed --bf16" >&2; exit 2 ;;
+    *) echo "error: unknown option '$1'; known: --run_dir --data_dir --base --merge_config --limit --max_steps --seed --rows_per_task --bf16" >&2; exit 2 ;;
   esac
   shift 2
 done

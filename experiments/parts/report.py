@@ -53,7 +53,7 @@ def read_results(folder: Path, order: list[str], fields: dict[str, list[str]]) -
         own = {task: expert for field, expert in zip(order, experts, strict=True) for task in fields[field]}
         kinds = ("scores", "predictions")
         oracle = {kind: {task: part[kind][task] for task, part in own.items()} for kind in kinds}
-        found["oracle", len(order)] = oracle | {"way": "oracle", "arrivals": len(order), "rows": experts[-1]["rows"]}
+        found["oracle", len(order)] = experts[-1] | oracle | {"parameters": None}
         for way in {way for way, _ in found if way in LINES or way.startswith("replay")}:
             found[way, 1] = experts[0] | {"way": way}  # the first analyst is the trunk, with which all of them begin
     return found
@@ -68,6 +68,14 @@ def title(way: str) -> str:
 def average(part: dict[str, Any], fields: list[list[str]]) -> float:
     """The mean main score of the tasks of these fields."""
     return mean(part["scores"][task] for field in fields for task in field)
+
+
+def costs(parts: list[dict[str, Any]]) -> str:
+    """Two cells: what was trained on when the last field arrived, and the size of the model."""
+    rows, tokens = (mean(part[kind] for part in parts) for kind in ("rows", "tokens"))
+    if not (sizes := parts[0]["parameters"]):  # several models
+        return f"{rows:,.0f}, {tokens:,.0f} | -"
+    return f"{rows:,.0f}, {tokens:,.0f} | {sizes['total'] / 1e6:.0f}M, {sizes['active'] / 1e6:.0f}M"
 
 
 def predictions(runs: list[Results], way: str, arrivals: int) -> dict[str, np.ndarray]:
@@ -99,8 +107,8 @@ def main() -> None:
     ours = predictions(runs, "team", last)
 
     lines = [
-        "| way | average after the last arrival | team minus it, 95 % interval | first field, last minus own arrival | rows trained on at the last arrival |",
-        "|---|---|---|---|---|",
+        "| way | average after the last arrival | team minus it, 95 % interval | first field, last minus own arrival | rows, tokens trained on at the last arrival | parameters, for a token |",
+        "|---|---|---|---|---|---|",
     ]
     scored = {}
     for way in ways:
@@ -115,8 +123,9 @@ def main() -> None:
         kept = "-"
         if all((way, 1) in own for own in runs):
             kept = f"{mean(average(own[way, last], f[:1]) - average(own[way, 1], f[:1]) for own, f in zip(runs, every, strict=True)):+.3f}"
-        trained = mean(own[way, place]["rows"] for own in runs)
-        lines.append(f"| {title(way)} | {scored[way]:.3f} | {gap} | {kept} | {trained:,.0f} |")
+        lines.append(
+            f"| {title(way)} | {scored[way]:.3f} | {gap} | {kept} | {costs([own[way, place] for own in runs])} |"
+        )
 
     lines += ["", "| field, its tasks after every arrival | " + " | ".join(f"{n}" for n in range(1, last + 1)) + " |"]
     lines += ["|---" * (last + 1) + "|"]

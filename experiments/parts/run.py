@@ -10,8 +10,6 @@ once when it arrives.
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from finteam_experts.threads import use_available_cores  # before torch
 
 import numpy as np
 import torch
-from peft import ArrowConfig, create_arrow_model
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
@@ -31,68 +28,18 @@ from finteam_experts.evaluation import metrics
 from finteam_experts.evaluation.batches import padded_batches
 from finteam_experts.evaluation.tasks import evaluate_model, true_labels
 from finteam_experts.files import read_json, read_yaml, write_json
-from finteam_experts.merging.gates import get_gates, random_gates, set_gates
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from parts import Order, Parts
+from ways import Way, cost, ways
 
 BEHIND_CLASSIFIERS = ("adapters-tfidf", "adapters-ridge")
-GROWING = ("joint", "in-turn", "team")  # scored on the tasks of the fields that have arrived
-Made = tuple[Path, torch.nn.Module | None]  # a folder, and the model if it is another than the folder's
-
-
-def ways(order: Order) -> Iterator[tuple[str, int, float, Callable[[], Made]]]:
-    """Each way at each arrival: its name, how many fields have arrived, the rows trained on for it, and what makes it."""
-    fields, rows = order.order, order.parts.rows
-    yield "base", 0, 0, lambda: (order.base, None)
-    for field in fields:
-        yield f"expert-{field}", 1, rows, lambda field=field: (order.make_expert(field), None)
-    for arrivals in range(2, len(fields) + 1):
-        yield "joint", arrivals, arrivals * rows, lambda n=arrivals: (order.make_joint(n), None)
-    for share in (0.0, *order.parts.replay):
-        for arrivals in range(2, len(fields) + 1):
-            way = f"replay-{share:g}" if share else "in-turn"
-            trained = rows * (1 + share * (arrivals - 1))
-            yield way, arrivals, trained, lambda n=arrivals, share=share: (order.make_in_turn(n, share), None)
-    for arrivals in range(2, len(fields) + 1):
-        yield "team", arrivals, rows, lambda n=arrivals: (order.make_team(n), None)
-    last = len(fields)
-    yield "team-top-2", last, rows, lambda: changed(order.make_team(last), top_2)
-    for field in fields:
-        yield f"without-{field}", last, 0, lambda field=field: (order.make_smaller(field), None)
-    yield "hidden-gates", last, rows, lambda: (order.make_plain_merge(), None)
-    yield "random-gates", last, rows, lambda: changed(order.make_plain_merge(), random_router)
-    for method in ("linear", "ties", "dare_ties"):
-        yield method, last, rows, lambda method=method: (order.make_merged(method), None)
-    yield "arrow", last, rows, lambda: arrow(order)
-
-
-def changed(folder: Path, change: Callable[[torch.nn.Module], None]) -> Made:
-    model = load_model(folder)
-    change(model)
-    return folder, model
-
-
-def top_2(model: torch.nn.Module) -> None:
-    model.config.num_experts_per_tok = 2
-    for layer in model.model.layers:
-        layer.mlp.gate.top_k = 2
-
-
-def random_router(model: torch.nn.Module) -> None:
-    set_gates(model, random_gates(get_gates(model).shape, seed=0))
-
-
-def arrow(order: Order) -> Made:
-    """PEFT's Arrow routing over the adapters (Ostapenko et al. 2024, arXiv:2405.11157), one of them per token."""
-    adapters = [str(order.folder / "adapters" / field) for field in order.order]
-    model = create_arrow_model(load_model(order.trunk), adapters, ArrowConfig(top_k=1))
-    return order.trunk, model.get_base_model().eval()
 
 
 def behind_classifiers(order: Order, results: Path) -> None:
     """The experts behind a classifier of the prompt that chooses one of them: what it would score, from their predictions."""
     files = {field: results / f"expert-{field}-1.json" for field in order.order}
     predicted = {field: read_json(file)["predictions"] for field, file in files.items()}
+    newest = read_json(files[order.order[-1]])
     form = as_chats(load_tokenizer(order.base), order.base)
     train, test = {}, {}
     for name, task in order.tasks.items():
@@ -109,7 +56,8 @@ def behind_classifiers(order: Order, results: Path) -> None:
             name: "".join(predicted[field][name][row] for row, field in enumerate(own)) for name, own in chosen.items()
         }
         right = np.mean([field == order.tasks[name].role for name, own in chosen.items() for field in own])
-        about = {"way": way, "arrivals": len(order.order), "rows": order.parts.rows, "right_field": float(right)}
+        about = {"way": way, "arrivals": len(order.order), "rows": newest["rows"], "tokens": newest["tokens"]}
+        about |= {"parameters": None, "right_field": float(right)}
         write_json(results / f"{way}-{len(order.order)}.json", about | scored(order, found))
 
 
@@ -141,19 +89,22 @@ def scored(order: Order, predictions: dict[str, str]) -> dict[str, Any]:
     return {"scores": scores, "predictions": predictions}
 
 
-def score(order: Order, made: Made, fields: list[str], *, bf16: bool) -> dict[str, Any]:
-    """The scores of a model on the tasks of these fields."""
-    folder, model = made
+def measure(order: Order, way: Way) -> dict[str, Any]:
+    """Make the model, if it is not there, and score it on the fields that have arrived; a single expert and the base, on all."""
+    folder = way.make()
+    model = way.load(folder) if way.load else None
+    fields = order.order[: way.arrivals] if way.arrivals > 1 else order.order
     tasks = {name: task for name, task in order.tasks.items() if task.role in fields}
     rows = {name: rows_to_score(order.data, task, "test", order.parts.limit) for name, task in tasks.items()}
+    bf16 = bool(order.parts.overrides.get("bf16")) and way.name != "arrow"  # PEFT's can't compute in two types
     with tempfile.TemporaryDirectory() as work:
         found = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=bf16, model=model, generate=False)
-    labels = {name: task.labels for name, task in tasks.items()}
     predictions = {
-        name: "".join(str(labels[name].index(label)) for label in own["predictions"])
+        name: "".join(str(tasks[name].labels.index(label)) for label in own["predictions"])
         for name, own in found["tasks"].items()
     }
-    return scored(order, predictions) | {"routing": found.get("routing", {})}
+    about = {"way": way.name, "arrivals": way.arrivals, "rows": way.rows} | cost(order, way, folder, model)
+    return about | scored(order, predictions) | {"routing": found.get("routing", {})}
 
 
 def main() -> None:
@@ -173,26 +124,16 @@ def main() -> None:
             order = Order(parts, name, seed, args.data_dir, base)
             results = args.config.parent / parts.results / f"{name}-seed{seed}"
             results.mkdir(parents=True, exist_ok=True)
-            known = list(ways(order))
-            for way in args.only or ():
-                if way not in {known_way for known_way, *_ in known}:
-                    raise InputError(
-                        f"--only {way}: no such way.{nearest(way, [known_way for known_way, *_ in known])}"
-                    )
-            for way, arrivals, rows, make in known:
-                path = results / f"{way}-{arrivals}.json"
-                if path.exists() or (args.only and way not in args.only):
-                    continue
-                if args.arrivals and arrivals not in args.arrivals:
-                    continue
-                print(f"\n##### {name}, seed {seed}: {way} after {arrivals} arrivals", flush=True)
-                began = time.monotonic()
-                made = make()
-                seconds = round(time.monotonic() - began)
-                fields = order.order[:arrivals] if way in GROWING or way.startswith("replay") else order.order
-                bf16 = bool(parts.overrides.get("bf16")) and way != "arrow"  # PEFT's Arrow can't compute in two types
-                about = {"way": way, "arrivals": arrivals, "rows": rows, "seconds": seconds}
-                write_json(path, about | score(order, made, fields, bf16=bf16))
+            known = [way.name for way in ways(order)]
+            for only in args.only or ():
+                if only not in known:
+                    raise InputError(f"--only {only}: no such way.{nearest(only, known)}")
+            for way in ways(order):
+                path = results / f"{way.name}-{way.arrivals}.json"
+                wanted = way.name in (args.only or known) and way.arrivals in (args.arrivals or [way.arrivals])
+                if wanted and not path.exists():
+                    print(f"\n##### {name}, seed {seed}: {way.name} after {way.arrivals} arrivals", flush=True)
+                    write_json(path, measure(order, way))
             there = all((results / f"expert-{field}-1.json").exists() for field in order.order)
             if there and not all((results / f"{way}-{len(order.order)}.json").exists() for way in BEHIND_CLASSIFIERS):
                 behind_classifiers(order, results)

@@ -26,6 +26,19 @@ def test_what_a_run_would_train(new_run, capsys):
         assert part in printed
 
 
+def test_a_task_that_drowns_the_others_is_noted(new_run, capsys):
+    check(new_run)
+    assert "Training will see mostly" not in capsys.readouterr().out
+    path = new_run / "data/tasks/headlines_train.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text(
+        "\n".join(rows + [row.replace('"text": "', f'"text": "{n} ') for n in range(20) for row in rows]) + "\n"
+    )
+    check(new_run)
+    assert f"Note: headlines has {21 * len(rows):,} train rows" in (printed := capsys.readouterr().out)
+    assert "--rows_per_task" in printed
+
+
 def test_problems_end_it(new_run):
     path = new_run / "data/tasks/fpb_train.jsonl"
     path.write_text(path.read_text() + (new_run / "data/tasks/fpb_test.jsonl").read_text().splitlines()[0] + "\n")

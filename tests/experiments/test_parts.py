@@ -39,11 +39,24 @@ def order(config, toy_data, toy_base):
 
 
 def test_every_way_and_the_rows_it_is_trained_on(order):
-    rows = {(way, n): rows for way, n, rows, _ in load_script("experiments/parts/run.py").ways(order)}
-    assert rows["joint", 3] == 48  # everything again
-    assert rows["in-turn", 3] == rows["team", 3] == 16
-    assert rows["replay-0.1", 3] == pytest.approx(16 * 1.2)
-    assert {way for way, n in rows if way.startswith("without")} == {f"without-{field}" for field in FIELDS}
+    found = {(way.name, way.arrivals): way for way in load_script("experiments/parts/ways.py").ways(order)}
+    assert found["joint", 3].rows == 48  # everything again
+    assert found["in-turn", 3].rows == found["team", 3].rows == 16
+    assert found["replay-0.1", 3].rows == 19  # a tenth of two earlier fields
+    assert found["team", 3].trained == "adapters/quant" and found["joint", 3].trained == "joint-3/dense-instruct"
+    assert {name for name, _ in found if name.startswith("without")} == {f"without-{field}" for field in FIELDS}
+
+
+def test_a_way_costs_what_its_last_training_took(order, toy_base, done_run):
+    module = load_script("experiments/parts/ways.py")
+    way = next(way for way in module.ways(order) if (way.name, way.arrivals) == ("team", 3))
+    write_json(order.folder / "adapters/quant/finteam.json", {"results": {"train_tokens": 77}})
+    found = module.cost(order, way, done_run / "moe", None)
+    assert found["tokens"] == 77
+    assert found["parameters"]["total"] > found["parameters"]["active"]
+    base = next(way for way in module.ways(order) if way.name == "base")
+    dense = module.cost(order, base, toy_base, None)
+    assert dense["tokens"] == 0 and dense["parameters"]["total"] == dense["parameters"]["active"]
 
 
 def test_every_task_of_a_field_has_an_equal_part_of_its_rows(order):
@@ -87,7 +100,7 @@ def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp
     parts = [(way, n) for way in ("joint", "in-turn", "team") for n in (2, 3)]
     for way, n in [("base", 0), ("arrow", 3), *parts, *((f"expert-{field}", 1) for field in FIELDS)]:
         digits = {name: "".join(str(rng.randrange(len(TASKS[name].labels))) for _ in range(8)) for name in TASKS}
-        about = {"way": way, "arrivals": n, "rows": 16}
+        about = {"way": way, "arrivals": n, "rows": 16, "tokens": 320, "parameters": {"total": 2e6, "active": 1e6}}
         write_json(
             results / f"{way}-{n}.json",
             about | {"scores": dict.fromkeys(TASKS, scores.get(way, 0.5)), "predictions": digits},
@@ -97,6 +110,7 @@ def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp
     assert lines["| one model, tuned again on everything"][1] == "0.700"
     assert lines["| **team, one expert per token**"][1:3] == ["0.600", "-"]
     assert lines["| **team, one expert per token**"][3] == "+0.100"  # its first field: .5 by its own expert, .6 now
+    assert lines["| **team, one expert per token**"][4:] == ["16, 320", "2M, 1M |"]
     assert lines["| one model, tuned in turn"][3] == "-0.200"
     assert lines["| each row to the expert of its field"][1] == "0.500"
     assert (tmp_path / "parts.md").read_text().count("\n") > 8

@@ -13,12 +13,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
-from conftest import REPOSITORY, ROLES, SHORT, call, shell, train_expert
+from conftest import REPOSITORY, ROLES, SHORT, call, load_script, shell, train_expert
 from finteam_experts.data.files import read_corpus
 from finteam_experts.data.streams import stream_corpus
 from finteam_experts.errors import InputError
-from finteam_experts.models import MLP_MODULES
+from finteam_experts.models import MLP_MODULES, as_chats, load_tokenizer
 from finteam_experts.runs import read_record, work_folder
 
 RECIPE = "recipes/sample/train_expert.yaml"
@@ -225,3 +226,21 @@ def test_an_expert_takes_its_steps_for_each_of_its_tasks(new_run):
     assert read_record(new_run / "adapters/quant")["results"]["steps"] == 3
     with pytest.raises(InputError, match="steps_per_task is 0; it is 1 or more"):
         train_expert(new_run, "macro", "--steps_per_task", 0)
+
+
+def test_row_limits_hold_for_an_expert_too(new_run, toy_base):
+    """A task with many rows doesn't drown the others, and one that is left out takes no steps."""
+    script, form = load_script("recipes/train_expert.py"), as_chats(load_tokenizer(toy_base), toy_base)
+    limits = {"rows_per_task": 5, "rows_of_task": "{fiqasa: 0, headlines: 3}"}  # headlines are another analyst's
+    args = script.ExpertArguments(
+        run_dir=str(new_run), role="micro", learn_from="{tasks: 1}", steps_per_task=2, **limits
+    )
+    config = SFTConfig(output_dir=str(new_run / "work"), use_cpu=True, bf16=False)
+    rows, sources = script.role_rows(args, config, form, 512)
+    assert len(rows) == 5
+    assert set(sources["tasks"]) == {"fpb"}
+    args.set_steps(config, ["micro"])
+    assert config.max_steps == 2
+    args.rows_of_task = "{fqasa: 0}"
+    with pytest.raises(InputError, match="rows_of_task: unknown task 'fqasa'. Did you mean 'fiqasa'"):
+        script.role_rows(args, config, form, 512)
