@@ -148,10 +148,15 @@ def role_text(
 
 
 def role_rows(
-    args: ExpertArguments, training_args: SFTConfig, form: ChatFormat, longest: int
+    args: ExpertArguments, training_args: SFTConfig, form: ChatFormat, positions: int
 ) -> tuple[Dataset, object]:
-    """The rows to train on, in the shares of `learn_from`, and what the record says of where they are from."""
+    """The rows to train on, in the shares of `learn_from`, and what the record says of where they are from.
+
+    A passage longer than `max_length` becomes several rows. Conversations and task rows stay whole, as the trunk learned them:
+    only those that are longer than the model's `positions` are left out.
+    """
     data, role, seed = args.data, args.role, training_args.seed
+    longest = training_args.max_length or positions
     limits = args.limits(tasks_of(data))
     tasks = {name: task for name, task in tasks_of(data).items() if task.role == role and limits[name] != 0}
     leaks.check_tasks(data, tasks)
@@ -182,7 +187,7 @@ def role_rows(
         raise InputError(f"{data} has nothing for {', '.join(args.learn_from)} of learn_from and the role {role}.")
     if missing := [part for part in args.learn_from if part not in found]:
         print(f"{data} has nothing for {', '.join(missing)}: {role} learns from {', '.join(found)}")
-    return in_shares(found, args.learn_from, longest, seed), hashes
+    return in_shares(found, args.learn_from, positions, seed), hashes
 
 
 def main() -> None:
@@ -198,9 +203,7 @@ def main() -> None:
 
     form = as_chats(tokenizer, base)
     if args.learn_from:
-        dataset, sources = role_rows(
-            args, training_args, form, training_args.max_length or config.max_position_embeddings
-        )
+        dataset, sources = role_rows(args, training_args, form, config.max_position_embeddings)
         # whole rows, of which nothing is left to cut; packing would sort them by length
         training_args.max_length, training_args.packing, training_args.padding_free = None, False, True
     else:

@@ -238,6 +238,11 @@ def test_row_limits_hold_for_an_expert_too(new_run, toy_base):
     config = SFTConfig(output_dir=str(new_run / "work"), use_cpu=True, bf16=False)
     rows, sources = script.role_rows(args, config, form, 512)
     assert len(rows) == 5
+    config.max_length = 16  # of passages: task rows stay whole
+    assert len(script.role_rows(args, config, form, 512)[0]) == 5
+    args.learn_from = {"corpus": 1.0}
+    assert max(map(len, script.role_rows(args, config, form, 512)[0]["input_ids"])) == 16
+    args.learn_from = {"tasks": 1.0}
     assert set(sources["tasks"]) == {"fpb"}
     args.set_steps(config, ["micro"])
     assert config.max_steps == 2

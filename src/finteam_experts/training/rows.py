@@ -129,7 +129,9 @@ def as_dataset(rows: list[Example], longest: int, team: Collection[str] | None) 
             if team is not None:
                 columns[-1][EXPERT] = list(team).index(_expert_of(row.role, team))
     if not columns:
-        raise InputError(f"none of the {len(rows)} rows has {longest} tokens or fewer: raise max_length.")
+        raise InputError(
+            f"none of the {len(rows)} rows has {longest} tokens or fewer: shorten them, or raise max_length."
+        )
     if len(columns) < len(rows) and is_main_process():
         print(f"{len(rows) - len(columns)} of {len(rows)} rows are left out: they have more than {longest} tokens")
     return Dataset.from_list(columns)
