@@ -80,7 +80,7 @@ def test_settings_without_effect_are_refused_before_any_work(new_run, recipe, ar
         (("--rows_of_task", "160"), "rows_of_task is 160; write it as"),
         (("--rows_of_task", "{stock_movement: 160"), "rows_of_task is .* write it as"),
         (("--rows_of_task", "{fpb: 0, fiqasa: 0, headlines: 0, stock_movement: 0}"), "leaves no row"),
-        (("--max_length", "20"), "none of the 112 rows has 20 tokens or fewer: raise max_length"),
+        (("--max_length", "20"), "none of the 112 rows has 20 tokens or fewer: shorten them, or raise max_length"),
     ],
 )
 def test_bad_numbers_of_rows(new_run, arguments, message):
