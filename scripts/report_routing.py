@@ -120,6 +120,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         bottom.set_yticks(range(len(roles)), texts)
         bottom.set(title="who gets whose tokens", xlabel="analyst")
         for (row, analyst), value in np.ndenumerate(confusion):
+            if not confusion[row].any():  # no text of that role
+                continue
             color = "white" if value < 0.6 else "black"
             bottom.text(analyst, row, f"{value:.2f}", ha="center", va="center", color=color)
     axes[1, 0].legend(loc="lower left", fontsize="small")
@@ -156,9 +158,8 @@ def main() -> None:
         name: folder if folder.is_dir() else base for name, folder in experts.items()
     }  # a generalist is the base
     passages = {name: evenly_spread(read_corpus(data, name, heldout=True), args.passages) for name in names}
-    chats = {}
-    if set(names) <= set(chat_roles(data, heldout=True)):
-        chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.passages) for name in names}
+    talkers = [name for name in names if name in chat_roles(data, heldout=True)]
+    chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.passages) for name in talkers}
     tasks, asked = tasks_of(data), {name: [] for name in names}
     for task in tasks.values():
         if task.role in names:
@@ -175,7 +176,7 @@ def main() -> None:
         "settings": {"passages": args.passages, "max_tokens": args.max_tokens},
     }
     if chats:
-        inputs["chats"] = {name: files.file_hash(chat_file(data, name, heldout=True)) for name in names}
+        inputs["chats"] = {name: files.file_hash(chat_file(data, name, heldout=True)) for name in talkers}
     work = runs.begin(target, "report_routing", inputs)
     if work is None:
         return
@@ -187,9 +188,12 @@ def main() -> None:
         if not own:
             found = f"{corpus_file(data, name, heldout=True)}: its passages are of one token or none"
             raise InputError(f"{found}, of which there is no loss. Add longer ones.")
-    talks = {"conversations": [form.exchanges(chats[name]) for name in chats]} if chats else {}
-    if all(asked[name] for name in names):
-        talks["task prompts"] = [form.exchanges(asked[name]) for name in names]
+    talks = {"conversations": [form.exchanges(chats.get(name, [])) for name in names]}
+    talks["task prompts"] = [form.exchanges(asked[name]) for name in names]
+    talks = {what: exchanges for what, exchanges in talks.items() if any(exchanges)}
+    for what, exchanges in talks.items():
+        if silent := [name for name, own in zip(names, exchanges, strict=True) if not own]:
+            print(f"{data} has no held-out {what} of {', '.join(silent)}: measured on those of the others")
     part = work / "dense.json"
     if not part.exists():
         files.write_json(part, dense_losses(base, experts, tokenizer, passages, args.max_tokens))

@@ -93,6 +93,18 @@ def test_summary_of_a_known_routing():
     assert dead.summary()["dead_experts"] == 1
 
 
+def test_a_role_without_text_is_in_no_mean():
+    """Two roles have text and split it as their own; a third has none, and its expert is neither dead nor in the load."""
+    counts = torch.tensor([[[8.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
+    passages = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
+    routing = Routing(counts, counts, passages, torch.tensor([8.0, 4.0, 0.0]), torch.zeros(3), *torch.zeros(2, 3, 3))
+    summary = routing.summary()
+    assert summary["own_role_tokens"] == summary["own_role_passages"] == summary["own_role_weight"] == 1
+    assert summary["load_entropy"] == pytest.approx(1)
+    assert summary["dead_experts"] == 0
+    assert routing.details()["confusion"][2] == [0, 0, 0]
+
+
 def test_report_is_skipped_refused_or_named(copied_run, capsys):
     report_routing(copied_run)
     assert "routing.json is complete: skipped" in capsys.readouterr().out
@@ -124,7 +136,9 @@ def test_an_analyst_more_and_a_generalist_by_data_alone(copied_run, tmp_path, ca
     assert printed.count("is complete: skipped") == 4  # the experts: that of credit was merged by the refused call
     fit_router(copied_run)
     shutil.rmtree(copied_run / "reports")
+    capsys.readouterr()
     report_routing(copied_run)
+    assert "no held-out task prompts of credit, base: measured on those of the others" in capsys.readouterr().out
 
     model = load_model(copied_run / "moe")
     assert model.config.num_local_experts == 5
@@ -137,3 +151,5 @@ def test_an_analyst_more_and_a_generalist_by_data_alone(copied_run, tmp_path, ca
     assert report["ladder"]["oracle: own expert"]["base"] == report["ladder"]["base"]["base"]
     shares = {name: part["summary"]["own_role_tokens"] for name, part in report["gates"].items()}
     assert shares["fitted"] > shares["hidden"] + 0.1
+    prompts = report["gates"]["fitted, task prompts"]["summary"]
+    assert 0 < prompts["own_role_tokens"] <= 1

@@ -35,7 +35,10 @@ def mixing_weights(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 @dataclass
 class Routing:
-    """Sums over held-out text of every role: shape [layers, roles, experts] unless said otherwise."""
+    """Sums over held-out text of the roles: shape [layers, roles, experts] unless said otherwise.
+
+    A role without text has zeros, and is in no mean.
+    """
 
     first_choices: torch.Tensor  # tokens whose highest gate is the expert
     weights: torch.Tensor  # mixing weight
@@ -53,15 +56,17 @@ class Routing:
         """The routing in five figures. Roles count alike, however many tokens they have; shares are means over layers.
 
         `load_entropy` is that of the experts' shares of first choices, 1 if all are equal; `dead_experts` counts
-        (layer, expert) pairs with less than `DEAD` of them.
+        (layer, expert) pairs with less than `DEAD` of them. Both are of the experts whose role has text.
         """
-        load = self.load()
-        entropy = -(load * load.clamp(min=1e-12).log()).sum(-1) / torch.tensor(float(load.shape[-1])).log()
+        there = self.tokens > 0
+        load = self.load()[:, there]
+        load = load / load.sum(-1, keepdim=True)
+        entropy = -(load * load.clamp(min=1e-12).log()).sum(-1) / torch.tensor(float(max(load.shape[-1], 2))).log()
         entropy = entropy.clamp(min=0)  # not -0
         return {
-            "own_role_tokens": _own(self.shares()).mean().item(),
-            "own_role_passages": _own(self.passage_shares()).mean().item(),
-            "own_role_weight": _own(self.mean_weights()).mean().item(),
+            "own_role_tokens": _own(self.shares())[:, there].mean().item(),
+            "own_role_passages": _own(self.passage_shares())[:, there].mean().item(),
+            "own_role_weight": _own(self.mean_weights())[:, there].mean().item(),
             "load_entropy": entropy.mean().item(),
             "lowest_load_entropy": entropy.min().item(),
             "dead_experts": int((load < DEAD).sum()),
@@ -83,17 +88,17 @@ class Routing:
         }
 
     def shares(self) -> torch.Tensor:
-        return self.first_choices / self.tokens[:, None]
+        return self.first_choices / self.tokens.clamp(min=1)[:, None]
 
     def mean_weights(self) -> torch.Tensor:
-        return self.weights / self.tokens[:, None]
+        return self.weights / self.tokens.clamp(min=1)[:, None]
 
     def passage_shares(self) -> torch.Tensor:
-        return self.passages / self.passages.sum(-1, keepdim=True)
+        return self.passages / self.passages.sum(-1, keepdim=True).clamp(min=1)
 
     def load(self) -> torch.Tensor:
         """Each expert's share of first choices, if roles were equally frequent: [layers, experts]."""
-        return self.shares().mean(1)
+        return self.shares()[:, self.tokens > 0].mean(1)
 
 
 @torch.no_grad()
