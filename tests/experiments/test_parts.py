@@ -50,7 +50,8 @@ def test_every_way_and_the_rows_it_is_trained_on(order):
 def test_a_way_costs_what_its_last_training_took(order, toy_base, done_run):
     module = load_script("experiments/parts/ways.py")
     way = next(way for way in module.ways(order) if (way.name, way.arrivals) == ("team", 3))
-    write_json(order.folder / "adapters/quant/finteam.json", {"results": {"train_tokens": 77}})
+    record = {"step": "train_expert", "inputs": {}, "results": {"train_tokens": 77}}
+    write_json(order.folder / "adapters/quant/finteam.json", record)
     found = module.cost(order, way, done_run / "moe", None)
     assert found["tokens"] == 77
     assert found["parameters"]["total"] > found["parameters"]["active"]
