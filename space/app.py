@@ -160,9 +160,7 @@ def box(label: str, html: str = "", *, visible: bool = True) -> gr.HTML:
 
 
 with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
-    gr.Markdown(
-        f"# FinTeamExperts\n{len(names)} financial analysts in one model, and you see who answers.\n\n{NOTICE}"
-    )
+    gr.Markdown(f"# FinTeamExperts\nA team of financial analysts in one model, and you see who answers.\n\n{NOTICE}")
     with gr.Tab("Ask"):
         earlier_state = gr.State([])
         earlier_box = gr.HTML()
