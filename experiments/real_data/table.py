@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from finteam_experts.data.conversations import GENERAL, chat_roles, read_chats
-from finteam_experts.data.files import rows_to_score, tasks_of
+from finteam_experts.data.files import evenly_spread, rows_to_score, tasks_of
 from finteam_experts.data.tasks import Tasks
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.answers import answer_losses
@@ -32,15 +32,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tables import table
 
+DENSE = "dense-instruct"
 MODELS = {
     "base": "base",
     "trunk": "trunk",
-    "dense-instruct": "one model: the trunk, tuned on",
-    "moe": "team, merged",
-    "moe-instruct": "**team**",
+    DENSE: "one model: the trunk, tuned on",
+    "moe": "team of experts",
+    "moe-instruct": "... tuned as a whole",
 }
-TEAM, DENSE = "moe-instruct", "dense-instruct"
+PAIRS = (("moe", DENSE), ("moe-instruct", DENSE), ("moe", "trunk"))
 WRITTEN = {"bare": "bare labels", "repeats": "repeat themselves", "read": "figures read right", "computed": "computed right", "words": "words"}  # fmt: skip
+CONVERSATIONS = 40  # held-out ones of a role
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -56,7 +58,12 @@ def collect(run_dir: Path, data: Path, base: Path, tasks: Tasks) -> dict[str, An
         part, folder = report["models"][name], base if name == "base" else run_dir / name
         model, form = load_model(folder), as_chats(load_tokenizer(folder), folder)
         nats = {
-            role: [round(loss, 4) for loss in answer_losses(model, form, read_chats(data, role, heldout=True))]
+            role: [
+                round(loss, 4)
+                for loss in answer_losses(
+                    model, form, evenly_spread(read_chats(data, role, heldout=True), CONVERSATIONS)
+                )
+            ]
             for role in chat_roles(data, heldout=True)
         }
         found["models"][name] = {
@@ -94,20 +101,19 @@ def task_table(runs: list[dict[str, Any]], tasks: Tasks, rows: dict[str, list]) 
     return table(["task", "majority class", *MODELS.values()], lines)  # fmt: skip
 
 
-def difference_table(runs: list[dict[str, Any]], tasks: Tasks, rows: dict[str, list], other: str) -> str:
-    """The team's main scores minus those of another model."""
+def difference_table(runs: list[dict[str, Any]], tasks: Tasks, rows: dict[str, list]) -> str:
+    """The main scores of one model minus those of another, for each of `PAIRS`."""
 
     def digits(model: str) -> dict[str, np.ndarray]:
         parts = [own["models"][model]["predictions"] for own in runs]
         return {name: np.array([[int(digit) for digit in part[name]] for part in parts]) for name in tasks}
 
-    found = difference_on_rows(tasks, rows, digits(TEAM), digits(other), shared_seeds=True)
-    titles = {name: task.title for name, task in tasks.items()} | {"average": "average"}
-    lines = [
-        [title, f"{found[name]['difference']:+.3f} [{found[name]['low']:+.3f}, {found[name]['high']:+.3f}]"]
-        for name, title in titles.items()
-    ]
-    return table(["task", f"team minus {other}"], lines)
+    found = [difference_on_rows(tasks, rows, digits(ours), digits(other), shared_seeds=True) for ours, other in PAIRS]
+    lines = []
+    for name, title in ({name: task.title for name, task in tasks.items()} | {"average": "average"}).items():
+        gaps = [part[name] for part in found]
+        lines.append([title, *(f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" for gap in gaps)])
+    return table(["task", *(f"{MODELS[ours]} minus {MODELS[other]}" for ours, other in PAIRS)], lines)
 
 
 def answer_table(runs: list[dict[str, Any]], roles: list[str]) -> str:
@@ -117,18 +123,23 @@ def answer_table(runs: list[dict[str, Any]], roles: list[str]) -> str:
         each = [[own["models"][model]["nats"][role] for role in roles] for own in runs]
         return np.mean([np.concatenate(part) for part in each], axis=0)
 
-    lines, team = [], losses(TEAM)
+    lines, dense = [], losses(DENSE)
     for model, title in MODELS.items():
         own, gap = losses(model), "-"
-        if model != TEAM:
-            low, high = bootstrap((team - own,), np.mean, rng=0, method="percentile").confidence_interval
-            gap = f"{(team - own).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        if model != DENSE:
+            low, high = bootstrap((own - dense,), np.mean, rng=0, method="percentile").confidence_interval
+            gap = f"{(own - dense).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
         parts = [each["models"][model]["answers"][role] for each in runs for role in roles]
         known = ([part[key] for part in parts if part[key] is not None] for key in WRITTEN)
         lines.append(
             [title, f"{own.mean():.3f}", gap, *(f"{mean(values):.2f}" if values else "-" for values in known)]
         )
-    header = [f"{len(team)} conversations: {', '.join(roles)}", "nats per token", "team minus it", *WRITTEN.values()]
+    header = [
+        f"{len(dense)} conversations: {', '.join(roles)}",
+        "nats per token",
+        "minus one model",
+        *WRITTEN.values(),
+    ]
     return table(header, lines)
 
 
@@ -164,7 +175,7 @@ def main() -> None:
         f"# Results\n\nMade by `experiments/real_data/table.py` from {', '.join(f'`{path.name}`' for path in files)}. Do not edit.\n",
         f"## Tasks\n\nMain scores, at most {runs[0]['limit']} test rows per task.\n",
         task_table(runs, tasks, rows),
-        *(difference_table(runs, tasks, rows, other) for other in (DENSE, "trunk")),
+        difference_table(runs, tasks, rows),
         "## Conversations\n",
         answer_table(runs, [role for role in chat_roles(args.data_dir, heldout=True) if role != GENERAL]),
         answer_table(runs, [GENERAL]),

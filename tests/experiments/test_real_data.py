@@ -29,7 +29,7 @@ def data(toy_data, tmp_path):
 
 
 def a_run(folder, data, seed, right):
-    """The reports of a run in which each model gives the right label with a chance of its own, the team most often."""
+    """The reports of a run in which each model gives the right label with a chance of its own."""
     rng = random.Random(seed)
     models = {}
     for model, chance in right.items():
@@ -49,7 +49,7 @@ def a_run(folder, data, seed, right):
 def test_what_is_kept_of_a_run_and_the_tables(data, toy_base, tmp_path, monkeypatch):
     script = load_script("experiments/real_data/table.py")
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
-    right = {"base": 0.0, "trunk": 0.5, "dense-instruct": 0.5, "moe": 0.5, "moe-instruct": 1.0}
+    right = {"base": 0.0, "trunk": 0.5, "dense-instruct": 0.5, "moe": 1.0, "moe-instruct": 0.0}
     for seed in (0, 1):
         run_dir = tmp_path / f"runs/seed{seed}"
         a_run(run_dir, data, seed, right)
@@ -64,9 +64,10 @@ def test_what_is_kept_of_a_run_and_the_tables(data, toy_base, tmp_path, monkeypa
     assert "secret" not in kept and "It is" not in kept  # no text of the data's or a model's
     lines = (tmp_path / "results/README.md").read_text().splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
-    assert cells["average"][0].startswith("+0.")  # the last table of differences is to the trunk
+    *_, gaps = (line.split(" | ") for line in lines if line.startswith("| average |"))
+    assert gaps[1].startswith("+0.") and gaps[2].startswith("-0.")  # experts alone, and tuned as a whole, to one model
     conversations = next(line for line in lines if line.startswith("| 6 conversations: macro |"))
     assert "bare labels" in conversations
-    assert cells["one model: the trunk, tuned on"][1] == "+0.000 [+0.000, +0.000]"  # of nats: all are one model here
-    assert cells["one model: the trunk, tuned on"][-5:] == ["0.00", "0.50", "1.00", "-", "8.00"]
+    assert cells["team of experts"][1] == "+0.000 [+0.000, +0.000]"  # of nats: all are one model here
+    assert cells["team of experts"][-5:] == ["0.00", "0.50", "1.00", "-", "8.00"]
     assert cells["held-out text"] == ["0.900", "1.000", "0"]
