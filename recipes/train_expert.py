@@ -152,8 +152,7 @@ def role_rows(
 ) -> tuple[Dataset, object]:
     """The rows to train on, in the shares of `learn_from`, and what the record says of where they are from.
 
-    A passage longer than `max_length` becomes several rows. Conversations and task rows stay whole, as the trunk learned them:
-    only those that are longer than the model's `positions` are left out.
+    Passages are cut at `max_length`; other rows stay whole, as the trunk learned them, if they fit into the model's `positions`.
     """
     data, role, seed = args.data, args.role, training_args.seed
     longest = training_args.max_length or positions
@@ -234,13 +233,9 @@ def main() -> None:
     after = perplexity(heldout_loss(model, tokenizer, heldout))
     with model.disable_adapter():
         before = perplexity(heldout_loss(model, tokenizer, heldout))
-    results = {
-        "heldout_perplexity_before": round(before, 3),
-        "heldout_perplexity_after": round(after, 3),
-        "heldout_passages": len(heldout),
-        "train_tokens": trainer.state.num_input_tokens_seen,
-        "steps": trainer.state.global_step,
-    }
+    results = {"heldout_perplexity_before": round(before, 3), "heldout_perplexity_after": round(after, 3)}
+    results |= {"heldout_passages": len(heldout), "steps": trainer.state.global_step}
+    results["train_tokens"] = trainer.state.num_input_tokens_seen
 
     if trainer.is_world_process_zero():
         keep = ["adapter_config.json", ADAPTER_FILE]

@@ -111,7 +111,8 @@ def test_figures_of_the_readme_are_published():
     """Every figure of the section on teams is in the results of an experiment or in the document on the router."""
     _, _, section = (REPOSITORY / "README.md").read_text().partition("## Is a team better than one model?")
     section = section.partition("\n## ")[0]
-    published = "".join(path.parent.joinpath("results/README.md").read_text() for path in COMPARISONS)
+    folders = [path.parent for path in COMPARISONS] + [REPOSITORY / "experiments/real_data"]
+    published = "".join((folder / "results/README.md").read_text() for folder in folders)
     figures = re.findall(r"[-+]?0\.\d{3}", section)
     assert len(figures) > 4
     assert [figure for figure in figures if figure not in published] == []
