@@ -4,7 +4,7 @@
     python experiments/parts/two_fields.py --config experiments/parts/parts.yaml --data_dir DIR
 
 Adapters behind a switch keep the analyst of the first question, or read the whole conversation again with another one. A team goes
-on where it is. Needs the models of experiments/parts/run.py, and makes those that are missing.
+on where it is. Reads the models of experiments/parts/run.py; a run without them is left out, unless it has results already.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from lm_eval.api.instance import Instance
 from finteam_experts.chats import Turns
 from finteam_experts.data.files import rows_to_score
 from finteam_experts.data.tasks import render_all
-from finteam_experts.errors import run
+from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.labels import LabelScoringLM
 from finteam_experts.families import is_moe
 from finteam_experts.files import read_json, read_yaml, write_json
@@ -118,10 +118,15 @@ def main() -> None:
     for seed in parts.seeds:
         for name in parts.orders:
             path = args.config.parent / parts.results / "two_fields" / f"{name}-seed{seed}.json"
+            if not path.exists() and not (parts.run_dir / f"{name}-seed{seed}" / "team").is_dir():
+                print(f"{name}, seed {seed}: {parts.run_dir} has no team of it, left out")
+                continue
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, measure(Order(parts, name, seed, args.data_dir, base), args.count))
             runs.append((parts.orders[name], read_json(path)))
+    if not runs:
+        raise InputError(f"{parts.run_dir} has no team. Run experiments/parts/run.py first.")
     print(
         f"Right answers to second questions, mean of {len(runs)} runs, and team minus it, 95 % interval over questions:"
     )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from conftest import REPOSITORY, call, load_script
 from finteam_experts.data.tasks import default_tasks
+from finteam_experts.errors import InputError
 from finteam_experts.files import read_yaml, write_json
 
 FIELDS = {"macro": ["headlines"], "micro": ["fpb", "fiqasa"], "quant": ["stock_movement"]}
@@ -116,3 +117,14 @@ def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp
     assert lines["| each row to the expert of its field"][1] == "0.500"
     assert (tmp_path / "parts.md").read_text().count("\n") > 8
     assert (tmp_path / "parts.png").stat().st_size > 1000
+
+
+def test_runs_without_a_team_are_left_out_of_conversations(config, toy_data, toy_base, tmp_path, capsys):
+    config.write_text(config.read_text().replace("seeds:\n- 0\n- 1", "seeds:\n- 0"))
+    where = ("--config", config, "--data_dir", toy_data, "--base", toy_base)
+    with pytest.raises(InputError, match="run has no team"):
+        call("experiments/parts/two_fields.py", *where)
+    right = {way: [True] * 12 for way in load_script("experiments/parts/two_fields.py").TITLES}
+    write_json(tmp_path / "results/two_fields/o-seed0.json", right | {"first expert": [False] * 12})
+    call("experiments/parts/two_fields.py", *where)
+    assert "| the expert of the first question | 0.000 | +1.000" in capsys.readouterr().out
