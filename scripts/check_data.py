@@ -27,7 +27,7 @@ from finteam_experts.errors import InputError, run
 from finteam_experts.merging.config import read_merge_config, roles, trained_roles
 from finteam_experts.models import as_chats, load_tokenizer, local_folder
 
-MANY_TIMES = 4
+MANY_TIMES = 4  # the rows of a usual task: a larger one drowns it
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of experiments/real_data/run.sh: tasks, conversations and routing, of the team and of one model with the same steps.
 
-    python experiments/real_data/table.py outputs/real_data --data_dir DIR
+    python experiments/real_data/table.py outputs/real_data
 
 Writes results/seedN.json of every complete run, without any text of the data, and results/README.md. Intervals are 95 %, by
 bootstrap over rows and seeds for tasks, and over conversations for answers.
@@ -84,21 +84,15 @@ def collect(run_dir: Path, data: Path, base: Path, tasks: Tasks) -> dict[str, An
 def task_table(runs: list[dict[str, Any]], tasks: Tasks, rows: dict[str, list]) -> str:
     """Main score of every task and model, mean over seeds."""
     known = majority(tasks, rows)
-    lines = []
-    for name, task in tasks.items():
-        scores = [mean(own["models"][model]["scores"][name] for own in runs) for model in MODELS]
-        lines.append(
-            [f"{task.title} ({task.main_score})", f"{known[name][task.main_score]:.3f}", *(f"{s:.3f}" for s in scores)]
-        )
-    averages = [mean(mean(own["models"][model]["scores"].values()) for own in runs) for model in MODELS]
-    lines.append(
-        [
-            "average",
-            f"{mean(known[name][task.main_score] for name, task in tasks.items()):.3f}",
-            *(f"{a:.3f}" for a in averages),
-        ]
-    )
-    return table(["task", "majority class", *MODELS.values()], lines)  # fmt: skip
+    columns = [{name: known[name][task.main_score] for name, task in tasks.items()}]
+    for model in MODELS:
+        columns.append({name: mean(own["models"][model]["scores"][name] for own in runs) for name in tasks})
+    lines = [
+        [f"{task.title} ({task.main_score})", *(f"{column[name]:.3f}" for column in columns)]
+        for name, task in tasks.items()
+    ]
+    lines.append(["average", *(f"{mean(column.values()):.3f}" for column in columns)])
+    return table(["task", "majority class", *MODELS.values()], lines)
 
 
 def difference_table(runs: list[dict[str, Any]], tasks: Tasks, rows: dict[str, list]) -> str:
@@ -157,27 +151,29 @@ def routing_table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where run.sh put its runs")
-    parser.add_argument("--data_dir", type=Path, required=True, help="the data directory that run.sh had")
-    parser.add_argument("--base", type=Path, default=Path("outputs/quickstart/base"))
+    parser.add_argument("--base", type=Path, default=Path("outputs/quickstart/base"), help="the base that it had")
     args = parser.parse_args()
+    data = args.folder / "data"
+    if not data.is_dir():
+        raise InputError(f"{data} does not exist. Make it and the runs: bash experiments/real_data/run.sh")
 
     use_available_cores()
-    tasks = tasks_of(args.data_dir)
+    tasks = tasks_of(data)
     for run_dir in sorted(path.parents[1] for path in args.folder.glob("seed*/reports/routing.json")):
         if not (path := RESULTS / f"{run_dir.name}.json").exists():
-            write_json(path, collect(run_dir, args.data_dir, args.base, tasks))
+            write_json(path, collect(run_dir, data, args.base, tasks))
     files = sorted(RESULTS.glob("seed*.json"))
     if not files:
         raise InputError(f"{args.folder} has no complete run. Make some: bash experiments/real_data/run.sh")
     runs = [read_json(path) for path in files]
-    rows = {name: rows_to_score(args.data_dir, task, "test", runs[0]["limit"]) for name, task in tasks.items()}
+    rows = {name: rows_to_score(data, task, "test", runs[0]["limit"]) for name, task in tasks.items()}
     parts = [
         f"# Results\n\nMade by `experiments/real_data/table.py` from {', '.join(f'`{path.name}`' for path in files)}. Do not edit.\n",
         f"## Tasks\n\nMain scores, at most {runs[0]['limit']} test rows per task.\n",
         task_table(runs, tasks, rows),
         difference_table(runs, tasks, rows),
         "## Conversations\n",
-        answer_table(runs, [role for role in chat_roles(args.data_dir, heldout=True) if role != GENERAL]),
+        answer_table(runs, [role for role in chat_roles(data, heldout=True) if role != GENERAL]),
         answer_table(runs, [GENERAL]),
         "## Routing\n",
         routing_table(runs),

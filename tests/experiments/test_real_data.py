@@ -56,9 +56,8 @@ def test_what_is_kept_of_a_run_and_the_tables(data, toy_base, tmp_path, monkeypa
         for model in right:
             if model != "base":
                 (run_dir / model).symlink_to(toy_base)
-    monkeypatch.setattr(
-        "sys.argv", ["table.py", str(tmp_path / "runs"), "--data_dir", str(data), "--base", str(toy_base)]
-    )
+    (tmp_path / "runs/data").symlink_to(data)
+    monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path / "runs"), "--base", str(toy_base)])
     script.main()
     kept = (tmp_path / "results/seed0.json").read_text()
     assert "secret" not in kept and "It is" not in kept  # no text of the data's or a model's
