@@ -75,12 +75,12 @@ def test_the_loss_is_on_the_last_answer_and_a_system_turn_stays(toy_base):
 
 
 def test_a_share_of_the_tokens():
-    tasks = [Example([0] * 10, [0] * 10, None, True) for _ in range(20)]
-    chats = [Example([0] * 30, [0] * 30, None, False) for _ in range(10)]
+    tasks = [Example([0] * 10, [0] * 10, None, "task") for _ in range(20)]
+    chats = [Example([0] * 30, [0] * 30, None, "chat") for _ in range(10)]
     assert len(mixed(tasks, chats, None, 0)) == 30
     for share in (0.0, 0.3, 0.6, 1.0):
         rows = mixed(tasks, chats, share, 0)
-        of_chats = sum(len(row.ids) for row in rows if not row.is_task)
+        of_chats = sum(len(row.ids) for row in rows if row.stratum == "chat")
         assert of_chats / sum(len(row.ids) for row in rows) == pytest.approx(share, abs=0.1)
         assert len(rows) >= 10
     for rows, share, message in (
@@ -154,7 +154,7 @@ def test_shares_that_an_expert_cannot_learn_in(new_run, shares):
 
 
 def test_rows_are_drawn_in_shares_and_a_short_part_starts_again():
-    short, long = (Example([name], [name], None, False) for name in (1, 2))
+    short, long = (Example([name], [name], None, "") for name in (1, 2))
     rows = in_shares({"a": [short] * 3, "b": [long] * 60}, {"a": 0.5, "b": 0.5, "c": 9.0}, 8, seed=0)["input_ids"]
     assert rows.count([2]) >= 60
     assert 0.4 < rows.count([1]) / len(rows) < 0.6

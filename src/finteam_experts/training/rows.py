@@ -18,6 +18,7 @@ from finteam_experts.data.mixture import tuning_rows
 from finteam_experts.data.tasks import Tasks, render_all
 from finteam_experts.data.trl_datasets import Parts
 from finteam_experts.errors import InputError, is_main_process
+from finteam_experts.training.sampler import STRATUM
 from finteam_experts.training.task_routing import EXPERT
 
 
@@ -28,7 +29,7 @@ class Example:
     ids: list[int]
     labels: list[int]
     role: str | None  # the analyst whose field it is, if it is one analyst's
-    is_task: bool
+    stratum: str  # what `StratifiedSampler` spreads: a label of a task, the conversations or the texts of a role
 
 
 def task_examples(
@@ -41,7 +42,10 @@ def task_examples(
         prompts[name] = iter(render_all(tasks[name], [row for task, row in rows if task == name], form.tokenizer))
     asked: list[tuple[Turns | str, str]] = [(next(prompts[task]), row["label"]) for task, row in rows]
     pairs = zip(rows, form.exchanges(asked), strict=True)
-    return [Example(exchange.ids, exchange.labels, tasks[task].role, True) for (task, _), exchange in pairs]
+    return [
+        Example(exchange.ids, exchange.labels, tasks[task].role, f"{task}: {row['label']}")
+        for (task, row), exchange in pairs
+    ]
 
 
 def chat_examples(data_dir: Path, form: ChatFormat, seed: int) -> list[Example]:
@@ -54,7 +58,10 @@ def chat_examples(data_dir: Path, form: ChatFormat, seed: int) -> list[Example]:
 
 
 def conversation_examples(form: ChatFormat, conversations: list[Conversation], role: str | None) -> list[Example]:
-    return [Example(exchange.ids, exchange.labels, role, False) for exchange in form.exchanges(conversations)]
+    return [
+        Example(exchange.ids, exchange.labels, role, f"conversations: {role}")
+        for exchange in form.exchanges(conversations)
+    ]
 
 
 def text_examples(form: ChatFormat, texts: list[str], role: str | None, longest: int | None = None) -> list[Example]:
@@ -62,7 +69,7 @@ def text_examples(form: ChatFormat, texts: list[str], role: str | None, longest:
     encoded = form.tokenizer(texts)["input_ids"] if texts else []
     whole = [[*ids, form.tokenizer.eos_token_id] for ids in encoded]
     rows = [ids[at : at + longest] for ids in whole for at in range(0, len(ids), longest)] if longest else whole
-    return [Example(ids, ids, role, False) for ids in rows]
+    return [Example(ids, ids, role, f"texts: {role}") for ids in rows]
 
 
 def dataset_examples(form: ChatFormat, parts: Parts, seed: int) -> list[Example]:
@@ -125,7 +132,7 @@ def as_dataset(rows: list[Example], longest: int, team: Collection[str] | None) 
     columns: list[dict[str, Any]] = []
     for row in rows:
         if len(row.ids) <= longest:
-            columns.append({"input_ids": row.ids, "labels": row.labels})
+            columns.append({"input_ids": row.ids, "labels": row.labels, STRATUM: row.stratum})
             if team is not None:
                 columns[-1][EXPERT] = list(team).index(_expert_of(row.role, team))
     if not columns:

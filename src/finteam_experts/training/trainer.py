@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFT trainer with the CPU's loss, rows that choose their expert, and an end at the first loss that is not finite.
+"""TRL's SFT trainer with stratified rows, which may choose their expert, the CPU's loss, and an end at the first that is not finite.
 
 It reads attributes of `SFTTrainer` that are no public interface: tests/training/test_trl.py checks that they are there.
 """
@@ -7,11 +7,14 @@ It reads attributes of `SFTTrainer` that are no public interface: tests/training
 from typing import Any
 
 import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from finteam_experts.training import cpu
 from finteam_experts.training.checkpoints import not_finite
 from finteam_experts.training.loss import balanced_loss
+from finteam_experts.training.sampler import STRATUM, StratifiedSampler
 from finteam_experts.training.task_routing import EXPERT, TaskRouting, with_experts
 
 
@@ -29,6 +32,13 @@ class RecipeTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         if self.task_routing and EXPERT not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, EXPERT]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        whole = self.train_dataset  # `train_dataset` is without the columns that the model doesn't take
+        if self.args.train_sampling_strategy == "random" and STRATUM in (whole.column_names or ()):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return StratifiedSampler(whole[STRATUM], seed)
+        return super()._get_train_sampler(train_dataset)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the rows in a tuning: no stretch of it has too much of one label."""
+
+import shutil
+from collections import Counter
+
+import pytest
+
+from conftest import instruct_tune
+from finteam_experts.training.sampler import StratifiedSampler
+
+STRATA = ["paid"] * 300 + ["default"] * 300 + ["conversation"] * 120 + ["rare"] * 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_stretch_has_each_stratum_in_its_proportion(seed):
+    rows = list(StratifiedSampler(STRATA, seed))
+    assert sorted(rows) == list(range(len(STRATA)))
+    for start in range(0, len(rows) - 24, 24):
+        found = Counter(STRATA[row] for row in rows[start : start + 24])
+        for stratum, count in Counter(STRATA).items():
+            assert abs(found[stratum] - 24 * count / len(STRATA)) <= 2.5, (start, stratum, found)
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    sampler = StratifiedSampler(STRATA, 0)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    assert list(StratifiedSampler(STRATA, 1)) not in (first, second)
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_tunings_read_their_rows_in_that_order(copied_run, monkeypatch):
+    epochs = []
+    iterate = StratifiedSampler.__iter__
+
+    def recorded(sampler):
+        epochs.append((sampler.epoch, len(sampler.rows_of)))
+        return iterate(sampler)
+
+    monkeypatch.setattr(StratifiedSampler, "__iter__", recorded)
+    shutil.rmtree(copied_run / "dense-instruct")
+    instruct_tune(
+        copied_run,
+        "base",
+        "--num_train_epochs",
+        2,
+        "--max_steps",
+        -1,
+        "--rows_per_task",
+        8,
+        "--tasks",
+        "fpb",
+        "headlines",
+    )
+    assert [epoch for epoch, _ in epochs] == [0, 1]
+    assert epochs[0][1] > 5  # three labels of PhraseBank, two of headlines, and conversations
