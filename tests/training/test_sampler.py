@@ -34,7 +34,7 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert list(sampler) == first
 
 
-def test_tunings_read_their_rows_in_that_order(copied_run, monkeypatch):
+def test_a_tuning_reads_its_rows_in_that_order_unless_it_is_told_not_to(copied_run, monkeypatch):
     epochs = []
     iterate = StratifiedSampler.__iter__
 
@@ -43,19 +43,9 @@ def test_tunings_read_their_rows_in_that_order(copied_run, monkeypatch):
         return iterate(sampler)
 
     monkeypatch.setattr(StratifiedSampler, "__iter__", recorded)
-    shutil.rmtree(copied_run / "dense-instruct")
-    instruct_tune(
-        copied_run,
-        "base",
-        "--num_train_epochs",
-        2,
-        "--max_steps",
-        -1,
-        "--rows_per_task",
-        8,
-        "--tasks",
-        "fpb",
-        "headlines",
-    )
-    assert [epoch for epoch, _ in epochs] == [0, 1]
+    two_epochs = ("--num_train_epochs", 2, "--max_steps", -1, "--rows_per_task", 8, "--tasks", "fpb", "headlines")
+    for stratified in ("true", "false"):
+        shutil.rmtree(copied_run / "dense-instruct")
+        instruct_tune(copied_run, "base", *two_epochs, "--stratify_rows", stratified)
+        assert [epoch for epoch, _ in epochs] == [0, 1]  # of the first training
     assert epochs[0][1] > 5  # three labels of PhraseBank, two of headlines, and conversations

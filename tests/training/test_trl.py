@@ -15,7 +15,7 @@ for name in ("padding_free", "aux_loss_enabled", "router_aux_loss_coef", '_metri
              'self.args.loss_type == "nll"', "_signature_columns", 'self._metrics[mode]["aux_loss"]',
              'metrics[mode]["num_tokens"]', 'metrics[mode]["mean_token_accuracy"]'):
     assert name in trainer, name
-for name in ("_set_signature_columns_if_needed", "_load_from_checkpoint", "training_step", "compute_loss", "log"):
+for name in ("_set_signature_columns_if_needed", "_load_from_checkpoint", "training_step", "compute_loss", "log", "_get_train_sampler"):
     assert hasattr(SFTTrainer, name), name
 wanted = ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
 assert list(inspect.signature(SFTTrainer.compute_loss).parameters) == wanted

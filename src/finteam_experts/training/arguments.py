@@ -48,6 +48,10 @@ class RunArguments:
         default=False,
         metadata={"help": "Let every row count alike in the loss, however many tokens its answer has."},
     )
+    stratify_rows: bool = field(
+        default=True,
+        metadata={"help": "Spread the rows of each label and of each role's conversations evenly over an epoch."},
+    )
     cpu_speedups: bool = field(default=True, metadata={"help": "Use what makes training fast on a CPU."})
 
     @property

@@ -82,7 +82,11 @@ def train_lora(
         peft_config=get_peft_config(model_args), quantization_config=quantization,
         callbacks=[checkpoints.CompleteCheckpoints(), checkpoints.FiniteGradients()],
     )  # fmt: skip
-    trainer.cpu_speedups, trainer.balance_rows = fast, script_args.balance_rows
+    trainer.cpu_speedups, trainer.balance_rows, trainer.stratify_rows = (
+        fast,
+        script_args.balance_rows,
+        script_args.stratify_rows,
+    )
     if fast:
         cpu.fuse_lora(trainer.model)
     if route_by_task:

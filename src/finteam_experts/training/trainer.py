@@ -21,6 +21,7 @@ from finteam_experts.training.task_routing import EXPERT, TaskRouting, with_expe
 class RecipeTrainer(SFTTrainer):
     cpu_speedups = True
     balance_rows = False
+    stratify_rows = True
     task_routing: TaskRouting | None = None
 
     def route_by_task(self) -> None:
@@ -35,7 +36,8 @@ class RecipeTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         whole = self.train_dataset  # `train_dataset` is without the columns that the model doesn't take
-        if self.args.train_sampling_strategy == "random" and STRATUM in (whole.column_names or ()):
+        shuffled = self.args.train_sampling_strategy == "random"
+        if self.stratify_rows and shuffled and STRATUM in (whole.column_names or ()):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return StratifiedSampler(whole[STRATUM], seed)
         return super()._get_train_sampler(train_dataset)
