@@ -43,9 +43,9 @@ def test_a_tuning_reads_its_rows_in_that_order_unless_it_is_told_not_to(copied_r
         return iterate(sampler)
 
     monkeypatch.setattr(StratifiedSampler, "__iter__", recorded)
-    two_epochs = ("--num_train_epochs", 2, "--max_steps", -1, "--rows_per_task", 8, "--tasks", "fpb", "headlines")
+    few = ("--rows_per_task", 8, "--tasks", "fpb", "headlines", "--chat_share", 0)  # two epochs in the steps of a test
     for stratified in ("true", "false"):
         shutil.rmtree(copied_run / "dense-instruct")
-        instruct_tune(copied_run, "base", *two_epochs, "--stratify_rows", stratified)
+        instruct_tune(copied_run, "dense", *few, "--stratify_rows", stratified)
         assert [epoch for epoch, _ in epochs] == [0, 1]  # of the first training
-    assert epochs[0][1] > 5  # three labels of PhraseBank, two of headlines, and conversations
+    assert epochs[0][1] in (4, 5)  # three labels of PhraseBank, of which eight rows may lack one, and two of headlines
