@@ -109,6 +109,15 @@ def test_tuning_rows_keep_their_limits_and_follow_the_seed(data):
     assert rows != tuning_rows(data, TASKS, 1, limits, hold_out=False)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_few_rows_of_a_task_have_its_labels_in_proportion(data, seed):
+    labels = ["negative"] * 100 + ["positive"] * 200
+    path = task_file(data, "fpb", "train")
+    path.write_text("".join(json.dumps({"text": f"{n}.", "label": label}) + "\n" for n, label in enumerate(labels)))
+    rows = tuning_rows(data, TASKS, seed, dict.fromkeys(TASKS, 12), hold_out=False)
+    assert sum(task == "fpb" and row["label"] == "negative" for task, row in rows) in (3, 4, 5)
+
+
 def test_passages_are_spread_evenly():
     assert evenly_spread(list("abcdefghi"), 3) == ["a", "e", "i"]
     assert evenly_spread(["a", "b"], 5) == ["a", "b"]

@@ -39,7 +39,7 @@ def test_a_tuning_reads_its_rows_in_that_order_unless_it_is_told_not_to(copied_r
     iterate = StratifiedSampler.__iter__
 
     def recorded(sampler):
-        epochs.append((sampler.epoch, len(sampler.rows_of)))
+        epochs.append((sampler.epoch, len(set(sampler.strata))))
         return iterate(sampler)
 
     monkeypatch.setattr(StratifiedSampler, "__iter__", recorded)
