@@ -177,16 +177,22 @@ class Order:
         step("scripts/change_team.py", "remove", without, "--run_dir", team.parent, "--model", team.name, *output)
         return team.parent / f"moe-without-{without}"
 
-    def make_plain_merge(self) -> Path:
+    def make_plain_merge(self, folder: str = "plain") -> Path:
         """mergekit's own MoE of all experts, whose router is that of the prompts."""
         for field in self.order:
             self.make_expert(field)
-        folder = self.folder / "plain"
-        folder.mkdir(exist_ok=True)
+        run_dir = self.folder / folder
+        run_dir.mkdir(exist_ok=True)
         for part in ("adapters", "experts", "data"):
-            _link(folder / part, self.folder / part)
-        step("scripts/merge_moe.py", "--run_dir", folder, "--base", self.trunk, "--merge_config", self.merge_file)
-        return folder / "moe"
+            _link(run_dir / part, self.folder / part)
+        step("scripts/merge_moe.py", "--run_dir", run_dir, "--base", self.trunk, "--merge_config", self.merge_file)
+        return run_dir / "moe"
+
+    def make_team_from_text(self) -> Path:
+        """The whole team with its router fitted on everybody's text, which someone has in one place."""
+        moe = self.make_plain_merge("from-text")
+        step("scripts/fit_router.py", "--run_dir", moe.parent)
+        return moe
 
     def make_merged(self, method: str) -> Path:
         """The experts merged into one dense model by mergekit."""

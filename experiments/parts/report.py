@@ -27,6 +27,7 @@ TITLES = {
     "replay": "one model in turn, {share:.0%} of the earlier rows again",
     "team": "**team, one expert per token**",
     "team-top-2": "team, two experts per token",
+    "team-from-text": "team, router fitted on everybody's text",
     "oracle": "each row to the expert of its field",
     "adapters-tfidf": "experts behind a classifier (TF-IDF)",
     "adapters-ridge": "experts behind a classifier (pooled states, ridge)",

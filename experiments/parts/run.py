@@ -10,6 +10,7 @@ once when it arrives.
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ def main() -> None:
                 wanted = way.name in (args.only or known) and way.arrivals in (args.arrivals or [way.arrivals])
                 if wanted and not path.exists():
                     print(f"\n##### {name}, seed {seed}: {way.name} after {way.arrivals} arrivals", flush=True)
+                    start = time.perf_counter()
                     write_json(path, measure(order, way))
+                    print(f"made and scored in {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
             there = all((results / f"expert-{field}-1.json").exists() for field in order.order)
             if there and not all((results / f"{way}-{len(order.order)}.json").exists() for way in BEHIND_CLASSIFIERS):
                 behind_classifiers(order, results)

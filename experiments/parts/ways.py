@@ -45,6 +45,7 @@ def ways(order: Order) -> Iterator[Way]:
     for field in fields:
         yield Way(f"without-{field}", last, 0, None, partial(order.make_smaller, field))
     yield Way("team-top-2", last, rows, trained, partial(order.make_team, last), top_2)
+    yield Way("team-from-text", last, rows, trained, order.make_team_from_text)
     yield Way("hidden-gates", last, rows, trained, order.make_plain_merge)
     yield Way("random-gates", last, rows, trained, order.make_plain_merge, random_router)
     for method in ("linear", "ties", "dare_ties"):

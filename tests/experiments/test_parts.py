@@ -12,6 +12,7 @@ from conftest import REPOSITORY, call, load_script
 from finteam_experts.data.tasks import default_tasks
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_yaml, write_json
+from finteam_experts.models import load_model
 
 FIELDS = {"macro": ["headlines"], "micro": ["fpb", "fiqasa"], "quant": ["stock_movement"]}
 TASKS = default_tasks()
@@ -93,6 +94,14 @@ def test_its_trainings_run_with_the_recipes_of_today(order):
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(own, trunk)  # the first analyst is the trunk
     assert not torch.allclose(other[name], trunk[name])
+
+
+@pytest.mark.slow
+def test_a_team_whose_router_is_fitted_on_text_differs_in_its_gates_alone(order):
+    from_sums = load_model(order.make_team(3)).state_dict()
+    from_text = load_model(order.make_team_from_text()).state_dict()
+    differ = {name for name in from_sums if not torch.equal(from_sums[name], from_text[name])}
+    assert differ == {"model.layers.1.mlp.gate.weight"}  # the first layer reads a token before any expert has
 
 
 def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp_path, capsys):
