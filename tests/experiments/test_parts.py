@@ -102,6 +102,8 @@ def test_a_team_whose_router_is_fitted_on_text_differs_in_its_gates_alone(order)
     from_text = load_model(order.make_team_from_text()).state_dict()
     differ = {name for name in from_sums if not torch.equal(from_sums[name], from_text[name])}
     assert differ == {"model.layers.1.mlp.gate.weight"}  # the first layer reads a token before any expert has
+    again = load_model(order.make_team_from_text()).state_dict()  # complete: neither merged nor fitted again
+    assert all(torch.equal(again[name], from_text[name]) for name in from_text)
 
 
 def test_the_table_says_how_far_the_team_is_from_every_way(config, toy_data, tmp_path, capsys):
