@@ -108,7 +108,7 @@ def main() -> None:
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
     tasks = {name: task for name, task in tasks_of(data).items() if task.role in names}
     # a generalist gets the general text, which is no analyst's otherwise
-    general = [] if BASE in names else general_text(data, form, args.tokens_per_role // 3)
+    general = [] if BASE in names else general_text(data, form, args.tokens_per_role // 8)
     talkers = {name: file_hash(chat_file(data, name)) for name in (*names, GENERAL) if name in chat_roles(data)}
     settings = {key: getattr(args, key) for key in ("tokens_per_role", "chat_share", "ridge", "seed")}
     inputs = {

@@ -136,12 +136,15 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
     parser.add_argument("--base", help="dense base: Hub id or folder (default: RUN_DIR/base)")
     parser.add_argument("--tuned", action="store_true", help="report RUN_DIR/moe-instruct beside the merge as well")
-    parser.add_argument("--passages", type=int, default=16, help="held-out passages per role")
+    parser.add_argument(
+        "--passages", type=int, default=16, help="held-out passages per role, and task prompts per task"
+    )
+    parser.add_argument("--chats", type=int, default=20, help="held-out conversations per role")
     parser.add_argument("--max_tokens", type=int, default=160, help="tokens of each passage")
     parser.add_argument("--name", default="routing", help="writes RUN_DIR/reports/NAME.json and NAME.png")
     args = parser.parse_args()
-    if args.passages < 2 or args.max_tokens < 2:
-        raise InputError("--passages and --max_tokens must be 2 or more.")
+    if min(args.passages, args.chats, args.max_tokens) < 2:
+        raise InputError("--passages, --chats and --max_tokens must be 2 or more.")
 
     use_available_cores()
     data, target = args.data_dir or args.run_dir / "data", args.run_dir / "reports" / f"{args.name}.json"
@@ -159,7 +162,7 @@ def main() -> None:
     }  # a generalist is the base
     passages = {name: evenly_spread(read_corpus(data, name, heldout=True), args.passages) for name in names}
     talkers = [name for name in names if name in chat_roles(data, heldout=True)]
-    chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.passages) for name in talkers}
+    chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.chats) for name in talkers}
     tasks, asked = tasks_of(data), {name: [] for name in names}
     for task in tasks.values():
         if task.role in names:
@@ -173,7 +176,7 @@ def main() -> None:
         "corpora": {name: files.file_hash(corpus_file(data, name, heldout=True)) for name in names},
         "tasks": {name: files.file_hash(task_file(data, name, "test")) for name in tasks},
         "asked": prompting(tasks),
-        "settings": {"passages": args.passages, "max_tokens": args.max_tokens},
+        "settings": {"passages": args.passages, "chats": args.chats, "max_tokens": args.max_tokens},
     }
     if chats:
         inputs["chats"] = {name: files.file_hash(chat_file(data, name, heldout=True)) for name in talkers}

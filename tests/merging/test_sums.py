@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 from conftest import ROLES, call, form_of
-from finteam_experts.data.calibration import excerpt, general_text, role_text
+from finteam_experts.data.calibration import excerpt, general_text, halves, role_text
 from finteam_experts.errors import InputError
 from finteam_experts.fingerprints import trunk_fingerprint
 from finteam_experts.merging.gates import read_gates
@@ -79,9 +79,17 @@ def test_what_is_read_in_bf16_is_summed_in_fp32(done_run):
     model, seen = load_model(done_run / "experts/micro"), []
     with torch.autocast("cpu", torch.bfloat16):
         sums = compute_sums(model, form.tokenizer, text, trunk="")
-        gate_inputs(model, form.tokenizer, text, lambda layer, x: seen.append((layer, x)), expert=None, title="")
-    states = torch.cat([x for layer, x in seen if layer == 0])
-    torch.testing.assert_close(sums.inputs[0], states.T @ states / len(states), rtol=1e-5, atol=1e-6)
+        gate_inputs(
+            model, form.tokenizer, text, lambda layer, x, rows: seen.append((layer, x, rows)), expert=None, title=""
+        )
+    states, rows = (torch.cat(part) for part in zip(*((x, of) for layer, x, of in seen if layer == 0), strict=True))
+    assert rows.unique().tolist() == list(range(len(text)))
+    texts = [states[rows == row] for row in range(len(text))]  # long and short, which count alike
+    assert [len(own) for own in texts] == [sum(part.telling) for part in text]
+    assert len({len(own) for own in texts}) > 3
+    expected = sum(own.T @ own / len(own) for own in texts) / len(texts)
+    torch.testing.assert_close(sums.inputs[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sums.targets[0], sum(own.mean(0) for own in texts) / len(texts), rtol=1e-5, atol=1e-6)
 
 
 def test_the_template_and_the_system_turn_tell_nobodys_text(done_run):
@@ -97,24 +105,23 @@ def test_the_template_and_the_system_turn_tell_nobodys_text(done_run):
             word in told for word in (form.system_prompt, *form.tokenizer.all_special_tokens, "assistant\n")
         )
     model, seen = load_model(done_run / "experts/micro"), []
-    gate_inputs(model, form.tokenizer, text, lambda layer, x: seen.append(len(x)), expert=None, title="")
+    gate_inputs(model, form.tokenizer, text, lambda layer, x, rows: seen.append(len(x)), expert=None, title="")
     assert sum(seen) == 2 * sum(sum(part.telling) for part in text)  # two layers
 
 
-def test_an_owner_sends_its_text_through_its_expert_and_through_the_trunk(copied_run):
+def test_an_owner_sends_half_of_its_text_through_its_expert_and_half_through_the_trunk(copied_run):
     run, expert = copied_run, copied_run / "experts/micro"
     where = ("--run_dir", run, "--role", "micro", "--tokens_per_role", "1500")
     call("scripts/router_sums.py", *where, "--base", run / "base")
     form = form_of(expert)
     own, _ = role_text(run / "data", "micro", form, 1500, seed=0)
-    general = general_text(run / "data", form, 500)
-    alone, trunk = (
-        compute_sums(load_model(folder), form.tokenizer, own, general, trunk="") for folder in (expert, run / "base")
-    )
+    general = general_text(run / "data", form, 1500 // 8)
+    halved = zip((expert, run / "base"), halves(own), halves(general), strict=True)
+    alone, trunk = (compute_sums(load_model(folder), form.tokenizer, *text, trunk="") for folder, *text in halved)
     found = load_sums(expert / "router_sums.safetensors")
     torch.testing.assert_close(found.inputs, (alone.inputs + trunk.inputs) / 2)
     torch.testing.assert_close(found.targets, (alone.targets + trunk.targets) / 2)
-    assert found.tokens == alone.tokens
+    assert found.tokens == alone.tokens + trunk.tokens == sum(sum(part.telling) for part in own)
     shutil.rmtree(run / "adapters/micro")  # with it, its own base is checked
     shutil.copytree(run / "base", run / "other")
     embeddings = load_file(run / "other/model.safetensors")
@@ -143,7 +150,8 @@ def test_general_text_counts_for_every_analyst_in_both_passes(done_run):
         model, form.tokenizer, text, general, 0.01, trunk=""
     )  # leaves the gates of the second pass in the model
     for place, own in enumerate(text):
-        through = [compute_sums(model, form.tokenizer, own, general, trunk="", expert=to) for to in (place, None)]
+        parts = zip(halves(own), halves(general), (place, None), strict=True)
+        through = [compute_sums(model, form.tokenizer, *part, trunk="", expert=to) for *part, to in parts]
         torch.testing.assert_close(found[place].inputs, mean_of(*through).inputs)
         torch.testing.assert_close(found[place].targets, mean_of(*through).targets)
 

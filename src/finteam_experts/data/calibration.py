@@ -18,7 +18,8 @@ CHAT_TOKENS = 192
 ANSWER = "Yes."  # to a passage as a message, where only the message is used
 HELD_BACK = 6  # passages per role that choose the scale and show the progress; the regression never sees them
 HELD_BACK_TOKENS = 96
-CHAT_SHARE = 0.8  # of a role's tokens, unless --chat_share says otherwise: the rest keeps plain text with its analyst
+CHAT_SHARE = 0.85  # of a role's tokens, unless --chat_share says otherwise: the rest keeps plain text with its analyst
+TALK_SHARE = 0.75  # of those: conversations, which differ more than the prompts of a task
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,36 @@ def role_text(
     """`tokens` tokens of the role for the regression, or all of fewer, and its held-back passages.
 
     `chat_share` of the tokens is in the chat format, as a gate that was fitted to plain text alone does not know chats: the
-    questions of the role's tasks with their answers and its conversations or, for a role that has neither, passages as
-    messages.
+    role's conversations and questions of its tasks with their answers or, for a role that has neither, passages as messages.
     """
     passages = read_corpus(data, role)
     check_passages(data, role, passages)
     rng = random.Random(f"{seed} {role}")
     rng.shuffle(passages)
     held_back, passages = passages[:HELD_BACK], passages[HELD_BACK:]
-    chats = []
+    in_chats = round(chat_share * tokens)
+    asked = []
     for task in (task for task in tasks_of(data).values() if task.role == role):
         rows = read_task(data, task, "train")
         rows = rng.sample(rows, min(len(rows), tokens // 16))
-        asked = zip(render_all(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
-        chats += form.exchanges(list(asked))
-    if role in chat_roles(data):
-        chats += form.exchanges(read_chats(data, role)[: tokens // 16])
-    rng.shuffle(chats)
-    text = [_of_chat(exchange) for exchange in chats]
-    if not chats:
-        messages = form.exchanges([(passage, ANSWER) for passage in passages[: tokens // 16]])
-        text = [excerpt(message.prompt[:CHAT_TOKENS], message.spans) for message in messages]
-    text = _first_tokens(text, round(chat_share * tokens))
+        asked += zip(render_all(task, rows, form.tokenizer), (row["label"] for row in rows), strict=True)
+    talks = read_chats(data, role) if role in chat_roles(data) else []
+    talks = rng.sample(talks, min(len(talks), tokens // 16))
+    messages = [] if asked or talks else [(passage, ANSWER) for passage in passages[: tokens // 16]]
+    text = _first_tokens([excerpt(own.prompt[:CHAT_TOKENS], own.spans) for own in form.exchanges(messages)], in_chats)
+    asked, talks = ([_of_chat(own) for own in form.exchanges(part)] for part in (asked, talks))
+    rng.shuffle(asked)
+    text += _first_tokens(asked, in_chats - _tokens(text) - min(_tokens(talks), round(TALK_SHARE * in_chats)))
+    text += _first_tokens(talks, in_chats - _tokens(text))  # and what the tasks lack
     rng.shuffle(passages)
     plain = [excerpt(ids) for ids in encode(form.tokenizer, passages[: tokens // 4], PASSAGE_TOKENS)]
-    text += _first_tokens(plain, tokens - sum(len(part.ids) for part in text))
+    text += _first_tokens(plain, tokens - _tokens(text))
     return text, encode(form.tokenizer, held_back, HELD_BACK_TOKENS)
+
+
+def halves(text: list[Excerpt]) -> tuple[list[Excerpt], list[Excerpt]]:
+    """Every other excerpt, and the others; one excerpt alone is in both."""
+    return text[::2], text[1::2] or text
 
 
 def general_text(data: Path, form: ChatFormat, tokens: int) -> list[Excerpt]:
@@ -82,6 +87,10 @@ def general_text(data: Path, form: ChatFormat, tokens: int) -> list[Excerpt]:
 
 def _of_chat(exchange: Exchange) -> Excerpt:
     return excerpt(exchange.ids[:CHAT_TOKENS], exchange.spans)
+
+
+def _tokens(text: list[Excerpt]) -> int:
+    return sum(len(part.ids) for part in text)
 
 
 def _first_tokens(text: list[Excerpt], tokens: int) -> list[Excerpt]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finteam_experts.data.calibration import Excerpt, Sequences
+from finteam_experts.data.calibration import Excerpt, Sequences, halves
 from finteam_experts.errors import NotFiniteError
 from finteam_experts.evaluation.routing import measure_routing
 from finteam_experts.merging.gates import set_gates
@@ -58,19 +58,21 @@ def team_sums(
     *,
     trunk: str,
 ) -> list[RouterSums]:
-    """The sums of each expert's `text` in an MoE: through the expert itself, and as gates fitted to that route it.
+    """The sums of each expert's `text` in an MoE: of one half through the expert itself, of the other as gates fitted to the first
+    route it.
 
-    The second pass shows the gates what becomes of tokens that they send elsewhere, as dataset aggregation does for a policy
+    The second half shows the gates what becomes of tokens that they send elsewhere, as dataset aggregation does for a policy
     (Ross et al. 2011, arXiv:1011.0686). Leaves those first gates in `model`.
     """
-
+    first, second = zip(*map(halves, text), strict=True)
+    alone, together = halves(general)
     own = [
-        compute_sums(model, tokenizer, texts, general, trunk=trunk, expert=place) for place, texts in enumerate(text)
+        compute_sums(model, tokenizer, texts, alone, trunk=trunk, expert=place) for place, texts in enumerate(first)
     ]
     set_gates(model, FIRST_SCALE * solve_gates(own, ridge))
-    routed = [compute_sums(model, tokenizer, texts, trunk=trunk) for texts in text]
+    routed = [compute_sums(model, tokenizer, texts, trunk=trunk) for texts in second]
     if general:  # its route is the same for every analyst's sums
-        nobodys = GENERAL_WEIGHT * compute_sums(model, tokenizer, general, trunk=trunk).inputs
+        nobodys = GENERAL_WEIGHT * compute_sums(model, tokenizer, together, trunk=trunk).inputs
         routed = [replace(sums, inputs=sums.inputs + nobodys) for sums in routed]
     return [mean_of(*parts) for parts in zip(own, routed, strict=True)]
 

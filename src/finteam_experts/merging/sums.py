@@ -7,7 +7,7 @@ analyst's part of both can be computed from its dense expert, before there is a 
 follow from the parts of its analysts (`solve_gates`), and an analyst that comes or goes needs nobody's text again.
 
 An expert leaves traces in the hidden states of its tokens. Gates that have seen each text through its own expert alone know the
-expert by them, not the text, and a token that goes wrong once stays wrong. So the text goes through something else as well: the
+expert by them, not the text, and a token that goes wrong once stays wrong. So half of the text goes through something else: the
 trunk, or the team itself (`merging.router`). `mean_of` joins the sums.
 """
 
@@ -29,14 +29,18 @@ from finteam_experts.weights import open_tensors
 
 FOLDER = "router_sums"  # of an MoE: one file for each analyst
 SUMS = "router_sums.safetensors"  # of a dense expert
-TOKENS_PER_ROLE = 12000
+TOKENS_PER_ROLE = 24000
 RIDGE = 0.01  # the penalty, as a share of the mean diagonal of X'X
-GENERAL_WEIGHT = 1 / 3  # of general text beside the analyst's own: three analysts together weigh it as one of them
+GENERAL_WEIGHT = 0.1  # of general text beside the analyst's own
 
 
 @dataclass
 class RouterSums:
-    """Of one analyst, for every layer, fp32. Analysts count alike, however many tokens they have: both are means over tokens."""
+    """Of one analyst, for every layer, fp32. Analysts count alike, however much text they have, and so do an analyst's texts,
+    however long they are: both are means over texts of the mean over their tokens.
+
+    A question without a passage is short, and would hardly count if tokens counted alike.
+    """
 
     inputs: (
         torch.Tensor
@@ -62,9 +66,9 @@ def solve_gates(team: list[RouterSums], ridge: float) -> torch.Tensor:
 
 
 def mean_of(*parts: RouterSums) -> RouterSums:
-    """The sums of the same text that went through several models."""
+    """The sums of an analyst's text, parts of which went through different models."""
     inputs, targets = (torch.stack([getattr(own, key) for own in parts]).mean(0) for key in ("inputs", "targets"))
-    return replace(parts[0], inputs=inputs, targets=targets)
+    return replace(parts[0], inputs=inputs, targets=targets, tokens=sum(own.tokens for own in parts))
 
 
 def compute_sums(
@@ -83,28 +87,29 @@ def compute_sums(
     `InputError` if a hidden state is not finite.
     """
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
-    counts = [sum(sum(excerpt.telling) for excerpt in part) for part in (own, general)]
-    weights = [1 / counts[0], GENERAL_WEIGHT / max(1, counts[1])]
     inputs, targets = (torch.zeros(layers, *shape, device=model.device) for shape in ((hidden, hidden), (hidden,)))
-    for part, weight in zip((own, general), weights, strict=True):
+    for part, weight in ((own, 1.0), (general, GENERAL_WEIGHT)):
         if not part:
             continue
+        weights = weight / len(part) / torch.tensor([sum(excerpt.telling) for excerpt in part], device=model.device)
 
-        def add(layer: int, x: torch.Tensor, part=part, weight=weight) -> None:
+        def add(layer: int, x: torch.Tensor, places: torch.Tensor, part=part, weights=weights) -> None:
             if not x.isfinite().all():
                 raise InputError(
                     f"the hidden states that the gate of layer {layer} reads are not finite. An expert or the base has NaN "
                     "or overflows in its dtype: look at the adapters' training log, or load it in bfloat16 or float32."
                 )
-            inputs[layer].addmm_(x.T, x, alpha=weight)  # in place: autocast would compute a product of its own in bf16
+            weighted = weights[places, None] * x
+            inputs[layer].addmm_(x.T, weighted)  # in place: autocast would compute a product of its own in bf16
             if part is own:
-                targets[layer].add_(x.sum(0), alpha=weight)
+                targets[layer].add_(weighted.sum(0))
 
         gate_inputs(model, tokenizer, part, add, expert=expert, title="router sums")
     inputs = (
         inputs.triu() + inputs.triu(1).mT
     )  # rounding may differ above and below the diagonal, and a file has one of them
-    return RouterSums(inputs.cpu(), targets.cpu(), counts[0], trunk)
+    tokens = sum(sum(excerpt.telling) for excerpt in own)
+    return RouterSums(inputs.cpu(), targets.cpu(), tokens, trunk)
 
 
 @torch.no_grad()
@@ -112,12 +117,13 @@ def gate_inputs(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     text: Sequence[Excerpt],
-    see: Callable[[int, torch.Tensor], None],
+    see: Callable[[int, torch.Tensor, torch.Tensor], None],
     *,
     expert: int | None,
     title: str,
 ) -> None:
-    """Call `see(layer, hidden states)` with what each gate reads of the tokens that tell whose they are: fp32 [tokens, hidden].
+    """Call `see(layer, hidden states, places)` with what each gate reads of the tokens that tell whose they are: fp32 [tokens,
+    hidden], and the place in `text` that each token is of: int64 [tokens].
 
     `model` is dense, or an MoE in which every token goes through `expert` alone or, with `None`, where the gates send it.
     """
@@ -125,9 +131,10 @@ def gate_inputs(
         batch = batch.to(model.device)
         telling = [torch.tensor(text[row].telling) for row in rows]
         kept = pad_sequence(telling, batch_first=True, padding_value=False).flatten().to(model.device)
+        places = torch.tensor([row for row in rows for counts in text[row].telling if counts], device=model.device)
         with (
             forced_expert(model, expert),
-            watched_mlps(model, lambda layer, x, kept=kept: see(layer, x[kept].float())),
+            watched_mlps(model, lambda layer, x, kept=kept, places=places: see(layer, x[kept].float(), places)),
         ):
             model.model(**batch)
 
