@@ -33,6 +33,7 @@ from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.heldout import heldout_loss
 from finteam_experts.evaluation.routing import measure_routing
 from finteam_experts.fingerprints import fingerprint
+from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, get_gates, load_gates, random_gates, set_gates
 from finteam_experts.merging.join import weight_average
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
@@ -156,10 +157,12 @@ def main() -> None:
     team, moe = records["moe"]["team"], folders["moe"]
     names = [member["name"] for member in team]
     base = local_folder(args.base or str(args.run_dir / "base"))
-    experts = {name: args.run_dir / "experts" / name for name in names}
-    experts = {
-        name: folder if folder.is_dir() else base for name, folder in experts.items()
-    }  # a generalist is the base
+    experts = {name: base if name == BASE else args.run_dir / "experts" / name for name in names}
+    for name, folder in experts.items():
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} does not exist. The report compares the team with its dense experts: put that of {name} there."
+            )
     passages = {name: evenly_spread(read_corpus(data, name, heldout=True), args.passages) for name in names}
     talkers = [name for name in names if name in chat_roles(data, heldout=True)]
     chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.chats) for name in talkers}
@@ -208,10 +211,12 @@ def main() -> None:
         model = load_model(folder).to(PartialState().device)
         routers = {"tuned": get_gates(model)}
         if folder_name == "moe":
-            merged = records["moe"]["inputs"]["merge"]["gate_mode"]
-            own = routers.pop("tuned")
-            routers = {merged: load_gates(moe, merged), "random": random_gates(own.shape, seed=0)}
-            routers |= {"fitted": own} if records["moe"]["router"]["kind"] == "fitted" else {}
+            merged, own = records["moe"]["inputs"].get("merge", {}).get("gate_mode"), routers.pop("tuned")
+            # a team that has changed was not merged as it is now
+            routers = {merged: load_gates(moe, merged)} if merged else {}
+            routers["random"] = random_gates(own.shape, seed=0)
+            if records["moe"]["router"]["kind"] != merged:  # fitted to text here, or to the sums that analysts brought
+                routers["fitted"] = own
         for name, weights in routers.items():
             print(f"Routing: {folder_name}, {name} router")
             set_gates(model, weights)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROLES, call, train_expert
 from finteam_experts import runs
+from finteam_experts.data.files import corpus_file
 from finteam_experts.errors import InputError
 from finteam_experts.families import family_of
+from finteam_experts.files import read_json
 from finteam_experts.merging.gates import read_gates
 from finteam_experts.merging.sums import load_sums, save_sums, solve_gates
 from finteam_experts.models import MLP_MODULES, load_model
@@ -154,3 +156,19 @@ def test_what_does_not_fit_is_refused(changing, tmp_path):
     with pytest.raises(InputError, match="has other attention, norms or embeddings than the trunk"):
         change(changing, "add", "other", "--expert", expert)
     assert not (changing / "moe-add-other").exists()
+
+
+def test_a_team_that_has_changed_has_its_routing_reported(changing):
+    change(changing, "add", "credit", "--limit", "4", "--output", "moe", "--expert", changing / "experts/credit")
+    for heldout in (False, True):
+        shutil.copyfile(
+            corpus_file(changing / "data", "macro", heldout=heldout),
+            corpus_file(changing / "data", "credit", heldout=heldout),
+        )
+    call("scripts/report_routing.py", "--run_dir", changing, "--name", "changed")
+    report = read_json(changing / "reports/changed.json")
+    assert report["roles"] == [*ROLES, "credit"]
+    assert [name for name in report["gates"] if "," not in name] == ["random", "fitted"]
+    shutil.rmtree(changing / "experts/credit")
+    with pytest.raises(InputError, match=r"experts/credit does not exist. .* put that of credit there"):
+        call("scripts/report_routing.py", "--run_dir", changing, "--name", "none")

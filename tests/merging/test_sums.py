@@ -13,6 +13,7 @@ from sklearn.linear_model import Ridge
 from conftest import ROLES, call, form_of
 from finteam_experts.data.calibration import excerpt, general_text, halves, role_text
 from finteam_experts.errors import InputError
+from finteam_experts.files import read_json
 from finteam_experts.fingerprints import trunk_fingerprint
 from finteam_experts.merging.gates import read_gates
 from finteam_experts.merging.router import team_sums
@@ -202,3 +203,7 @@ def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run):
     assert torch.equal(8 * solve_gates(team, 0.01), read_gates(run / "moe"))
     assert load_sums(run / "moe/router_sums/quant.safetensors").tokens == team[2].tokens
     data.rename(run / "data")
+    call("scripts/report_routing.py", *where, "--name", "from_sums")
+    report = read_json(run / "reports/from_sums.json")
+    assert list(report["ladder"])[-4:-1] == [f"moe, {name} router" for name in ("hidden", "random", "fitted")]
+    assert report["gates"]["fitted"]["own_role_tokens"] != report["gates"]["hidden"]["own_role_tokens"]
