@@ -23,7 +23,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from finteam_experts import runs
-from finteam_experts.data.calibration import CHAT_SHARE, general_text, role_text
+from finteam_experts.data.calibration import CHAT_SHARE, GENERAL_SHARE, general_text, role_text
 from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, check_chat_roles
 from finteam_experts.data.files import check_roles, corpus_file, task_file, tasks_of
 from finteam_experts.data.tasks import prompting
@@ -108,7 +108,7 @@ def main() -> None:
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
     tasks = {name: task for name, task in tasks_of(data).items() if task.role in names}
     # a generalist gets the general text, which is no analyst's otherwise
-    general = [] if BASE in names else general_text(data, form, args.tokens_per_role // 8)
+    general = [] if BASE in names else general_text(data, form, round(GENERAL_SHARE * args.tokens_per_role))
     talkers = {name: file_hash(chat_file(data, name)) for name in (*names, GENERAL) if name in chat_roles(data)}
     settings = {key: getattr(args, key) for key in ("tokens_per_role", "chat_share", "ridge", "seed")}
     inputs = {

@@ -211,8 +211,9 @@ def main() -> None:
         model = load_model(folder).to(PartialState().device)
         routers = {"tuned": get_gates(model)}
         if folder_name == "moe":
-            merged, own = records["moe"]["inputs"].get("merge", {}).get("gate_mode"), routers.pop("tuned")
-            # a team that has changed was not merged as it is now
+            own = routers.pop("tuned")
+            # a team that has changed was not merged as it is now, and has no gates of a merge
+            merged = records["moe"]["inputs"].get("merge", {}).get("gate_mode")
             routers = {merged: load_gates(moe, merged)} if merged else {}
             routers["random"] = random_gates(own.shape, seed=0)
             if records["moe"]["router"]["kind"] != merged:  # fitted to text here, or to the sums that analysts brought

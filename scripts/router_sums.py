@@ -15,7 +15,7 @@ from finteam_experts.threads import use_available_cores  # before torch
 
 from accelerate import PartialState
 
-from finteam_experts.data.calibration import CHAT_SHARE, general_text, halves, role_text
+from finteam_experts.data.calibration import CHAT_SHARE, GENERAL_SHARE, general_text, halves, role_text
 from finteam_experts.errors import InputError, run
 from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
 from finteam_experts.merging.adapters import check_adapter, dense_expert
@@ -47,7 +47,7 @@ def main() -> None:
         raise InputError(f"{expert} did not branch off from {base}: name its trunk with --base.")
     form = as_chats(load_tokenizer(expert), expert)
     own, _ = role_text(data, args.role, form, args.tokens_per_role, args.seed, args.chat_share)
-    general = general_text(data, form, args.tokens_per_role // 8)
+    general = general_text(data, form, round(GENERAL_SHARE * args.tokens_per_role))
     device = PartialState().device
     parts = zip((expert, base), halves(own), halves(general), strict=True)
     sums = mean_of(

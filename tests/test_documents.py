@@ -80,7 +80,7 @@ def test_every_command_names_files_and_options_that_exist(path, helps, capsys):
             }
             known = {f"--{name}" for name in names}
         else:
-            known = {"--config"} | set(re.findall(r"--\w+", helps(script, capsys)))
+            known = {"--config"} | set(re.findall(r"--[\w-]*\w", helps(script, capsys)))
         own = words[words.index(script) :]
         own = own[: own.index("--")] if "--" in own else own  # then comes another command
         used = {word.split("=")[0] for word in own if word.startswith("--") and " " not in word}

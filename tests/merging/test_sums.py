@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 from conftest import ROLES, call, form_of
-from finteam_experts.data.calibration import excerpt, general_text, halves, role_text
+from finteam_experts.data.calibration import GENERAL_SHARE, excerpt, general_text, halves, role_text
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
 from finteam_experts.fingerprints import trunk_fingerprint
@@ -116,7 +116,7 @@ def test_an_owner_sends_half_of_its_text_through_its_expert_and_half_through_the
     call("scripts/router_sums.py", *where, "--base", run / "base")
     form = form_of(expert)
     own, _ = role_text(run / "data", "micro", form, 1500, seed=0)
-    general = general_text(run / "data", form, 1500 // 8)
+    general = general_text(run / "data", form, round(GENERAL_SHARE * 1500))
     halved = zip((expert, run / "base"), halves(own), halves(general), strict=True)
     alone, trunk = (compute_sums(load_model(folder), form.tokenizer, *text, trunk="") for folder, *text in halved)
     found = load_sums(expert / "router_sums.safetensors")

@@ -20,6 +20,7 @@ HELD_BACK = 6  # passages per role that choose the scale and show the progress; 
 HELD_BACK_TOKENS = 96
 CHAT_SHARE = 0.85  # of a role's tokens, unless --chat_share says otherwise: the rest keeps plain text with its analyst
 TALK_SHARE = 0.75  # of those: conversations, which differ more than the prompts of a task
+GENERAL_SHARE = 1 / 8  # tokens of general chat, as a share of a role's
 
 
 @dataclass(frozen=True)
