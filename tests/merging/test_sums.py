@@ -172,6 +172,11 @@ def test_sums_that_are_none_are_refused(tmp_path):
     save_file({"inputs": torch.ones(1, 78)}, path)
     with pytest.raises(InputError, match="has no router sums"):
         load_sums(path)
+    save_file(
+        {"inputs": torch.ones(1, 78), "targets": torch.ones(1, 12)}, path, metadata={"tokens": "90", "trunk": "trunk"}
+    )
+    with pytest.raises(InputError, match="is of an earlier version, which counted every token alike"):
+        load_sums(path)
     save_sums(replace(own, targets=torch.ones(2, 12)), path)
     with pytest.raises(InputError, match=r"inputs \[1, 78\] and targets \[2, 12\] do not belong together"):
         load_sums(path)

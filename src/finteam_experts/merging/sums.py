@@ -32,6 +32,7 @@ SUMS = "router_sums.safetensors"  # of a dense expert
 TOKENS_PER_ROLE = 24000
 RIDGE = 0.01  # the penalty, as a share of the mean diagonal of X'X
 GENERAL_WEIGHT = 0.1  # of general text beside the analyst's own
+COUNTED = "texts"  # what counts alike; files from when tokens did don't say
 
 
 @dataclass
@@ -157,16 +158,21 @@ def save_sums(sums: RouterSums, path: Path) -> None:
     tensors = {"inputs": sums.inputs[:, rows, columns].contiguous(), "targets": sums.targets}
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"tokens": str(sums.tokens), "trunk": sums.trunk})
+    save_file(tensors, partial, metadata={"tokens": str(sums.tokens), "trunk": sums.trunk, "counted": COUNTED})
     partial.replace(path)
 
 
 def load_sums(path: Path) -> RouterSums:
-    """Read what `save_sums` wrote; `InputError` if the file is something else, or has figures that are not finite."""
+    """Read what `save_sums` wrote; `InputError` if the file is something else or older, or has figures that are not finite."""
     with open_tensors(path) as stored:
         about, names = stored.metadata() or {}, set(stored.keys())
         if names != {"inputs", "targets"} or not {"tokens", "trunk"} <= about.keys():
             raise InputError(f"{path} has no router sums. scripts/router_sums.py writes them.")
+        if about.get("counted") != COUNTED:
+            raise InputError(
+                f"{path} is of an earlier version, which counted every token alike, and today's sums count every text alike. "
+                "Compute it again: scripts/router_sums.py, or scripts/fit_router.py --overwrite for a whole team."
+            )
         triangles, targets = stored.get_tensor("inputs"), stored.get_tensor("targets")
     layers, hidden = targets.shape
     if list(triangles.shape) != [layers, hidden * (hidden + 1) // 2]:
