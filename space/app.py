@@ -70,6 +70,16 @@ def checked(text: str, what: str) -> str:
     return text
 
 
+def checked_question(text: str) -> str:
+    """The question, stripped; a `gr.Error` if it is empty, or more than the model reads at once."""
+    text = checked(text, "a question")
+    if (tokens := len(team.prompt([{"role": "user", "content": text}]))) > team.longest_prompt:
+        found = f"This question has {tokens} tokens, and the model reads {team.longest_prompt} at once"
+        advice = "Please shorten it: a short word is a token, and so is a digit. Other scripts and emoji take more."
+        raise gr.Error(f"{found}. {advice}", print_exception=False)
+    return text
+
+
 def place_of(analyst: str) -> int | None:
     """The place of an analyst in the team, `None` for the whole team; a `gr.Error` for a name it does not have."""
     if analyst == ALL:
@@ -103,31 +113,26 @@ def as_data(question: str, analyst: str, answer: Answer) -> Reply:
 @on_gpu
 def ask(question: str, analyst: str, earlier: Turns = ()) -> Iterator[tuple[str, object, object, object, Answer]]:
     """Stream the answer as HTML; the last item also fills the panels and the record."""
-    question, place = checked(question, "a question"), place_of(analyst)
+    question, place = checked_question(question), place_of(analyst)
     answer = Answer("")
     turns = [*earlier, {"role": "user", "content": question}]
     with closing(team.stream(turns, place)) as answers:  # when the visitor leaves, the model stops
         for answer in answers:
             yield panels.answer_html(answer, team.members), gr.skip(), gr.skip(), gr.skip(), answer
-    record = {
-        key: value for key, value in as_data(question, analyst, answer).items() if key not in ("tokens", "layers")
-    }
+    record = as_data(question, analyst, answer)
+    shown = json.dumps(
+        {key: record[key] for key in record if key not in ("tokens", "layers")}, indent=2, ensure_ascii=False
+    )
     alone = f"<p>{analyst} answered alone: every gate was given to it.</p>"
     shares = panels.shares_html(answer.shares, team.members) if place is None else alone
     layers = panels.layers_html(answer.layers, team.members) if place is None else ""
-    yield (
-        panels.answer_html(answer, team.members, done=True),
-        shares,
-        layers,
-        json.dumps(record, indent=2, ensure_ascii=False),
-        answer,
-    )
+    yield panels.answer_html(answer, team.members, done=True), shares, layers, shown, answer
 
 
 @on_gpu
 def ask_all(question: str) -> Iterator[str]:
     """The team's answer and each analyst's own, side by side."""
-    question, found = checked(question, "a question"), []
+    question, found = checked_question(question), []
     for title, color, place in [(ALL, "", None), *((m["title"], m["color"], i) for i, m in enumerate(team.members))]:
         with closing(team.stream(question, place)) as answers:
             *_, answer = answers
@@ -138,7 +143,7 @@ def ask_all(question: str) -> Iterator[str]:
 @on_gpu
 def ask_for_data(question: str, analyst: str = ALL) -> Reply:
     """Ask the team, or one analyst alone by its title, and get the answer with its routing as JSON."""
-    question, place = checked(question, "a question"), place_of(analyst)
+    question, place = checked_question(question), place_of(analyst)
     *_, answer = team.stream(question, place)
     return as_data(question, analyst, answer)
 

@@ -25,7 +25,7 @@ from chats import ChatFormat, Turns, chat_format
 from prompts import task_prompt
 
 MAX_NEW_TOKENS = 160
-MAX_PROMPT_TOKENS = 1024  # of a conversation: earlier turns are left out beyond that
+MAX_PROMPT_TOKENS = 2048  # of a conversation: earlier turns are left out beyond that, and a longer question is refused
 LONGEST_TEXT = 256  # tokens of a passage, for a model whose tasks do not say
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
@@ -109,11 +109,15 @@ class Team:
         with self._one_at_a_time:
             yield from self._stream([{"role": "user", "content": asked}] if isinstance(asked, str) else asked, analyst)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt that leaves room for an answer."""
+        return min(MAX_PROMPT_TOKENS, self.model.config.max_position_embeddings - MAX_NEW_TOKENS)
+
     def prompt(self, turns: Turns) -> list[int]:
         """The tokens of a conversation; its oldest exchanges are left out while it is too long."""
-        longest = min(MAX_PROMPT_TOKENS, self.model.config.max_position_embeddings - MAX_NEW_TOKENS)
         (ids,) = self.form.prompts([turns])
-        return self.prompt(turns[2:]) if len(ids) > longest and len(turns) > 2 else ids
+        return self.prompt(turns[2:]) if len(ids) > self.longest_prompt and len(turns) > 2 else ids
 
     def _stream(self, turns: Turns, analyst: int | None) -> Iterator[Answer]:
         prompt = torch.tensor([self.prompt(turns)], device=self.model.device)

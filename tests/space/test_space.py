@@ -104,6 +104,7 @@ def test_numbers_that_are_not_in_the_question_are_named(client):
     [
         ("/ask", ["  "], "type a question"),
         ("/ask", ["x" * 100_000], "below 4000 characters; this one has 100000"),
+        ("/ask", ["🏦" * 4000], "tokens, and the model reads"),
         ("/ask", ["Why?", "The intern"], "No analyst is called 'The intern'"),
         ("/classify", ["poetry", "Roses are red."], "No task is called 'poetry'"),
         ("/classify", ["fpb", ""], "type a passage"),
