@@ -91,6 +91,9 @@ def test_first_label_in_an_answer():
     assert first_label("neutral", labels) == "neutral"
     assert first_label("I cannot say.", labels) is None
     assert first_label("Norise", ("No", "Norise")) == "Norise"
+    assert first_label("I do not know another one. Yes", ("No", "Yes")) == "Yes"
+    assert first_label("Gain of 10", ("gain of 1", "gain of 10")) == "gain of 10"
+    assert first_label("会上涨的", ("涨", "跌")) == "涨"
 
 
 def test_generated_answers_are_those_of_plain_generation(done_run):

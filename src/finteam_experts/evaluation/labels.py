@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,16 @@ def run_other_tasks(
 
 
 def first_label(answer: str, labels: tuple[str, ...]) -> str | None:
-    """The first label in a written answer, in any case; `None` if there is none."""
-    places = {label: answer.lower().find(label.lower()) for label in labels}
-    found = [label for label in labels if places[label] >= 0]
-    return min(found, key=lambda label: (places[label], -len(label)), default=None)
+    """The first label that a written answer has as a word, in any case; `None` if there is none.
+
+    A "no" in "know" is none. A label in a script without spaces may stand anywhere.
+    """
+    places = {}
+    for label in labels:
+        pattern = rf"(?<!\w){re.escape(label)}(?!\w)" if label.isascii() else re.escape(label)
+        if found := re.search(pattern, answer, re.IGNORECASE):
+            places[label] = found.start()
+    return min(places, key=lambda label: (places[label], -len(label)), default=None)
 
 
 @torch.no_grad()
