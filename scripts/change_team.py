@@ -21,7 +21,6 @@ from finteam_experts.threads import has_bf16_units, use_available_cores  # befor
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from rich.console import Console
 from rich.table import Table
 
 from finteam_experts import runs
@@ -37,6 +36,7 @@ from finteam_experts.merging.gates import read_gates
 from finteam_experts.merging.sums import RIDGE, SUMS, RouterSums, load_sums, save_sums, solve_gates, sums_file
 from finteam_experts.models import ADAPTER_FILE, FETCHED_FILES, local_folder
 from finteam_experts.roles import team_card
+from finteam_experts.screen import screen
 from finteam_experts.weights import size_of
 
 ALIKE = 0.999  # cosine of the team's gates and those of its sums, above which they are the same
@@ -137,7 +137,7 @@ def score_both(moe: Path, changed: Path, data: Path, tasks: Tasks, limit: int) -
         table.add_row(
             name, task.role or "-", task.main_score, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}", *shares
         )
-    Console(width=120).print(table)
+    screen(120).print(table)
     return main
 
 

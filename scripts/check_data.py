@@ -15,7 +15,6 @@ from statistics import median
 
 from finteam_experts.threads import use_available_cores  # before torch
 
-from rich.console import Console
 from rich.table import Table
 
 from finteam_experts.chats import ChatFormat
@@ -26,6 +25,7 @@ from finteam_experts.data.tasks import Tasks, render_all
 from finteam_experts.errors import InputError, run
 from finteam_experts.merging.config import read_merge_config, roles, trained_roles
 from finteam_experts.models import as_chats, load_tokenizer, local_folder
+from finteam_experts.screen import screen
 
 MANY_TIMES = 4  # the rows of a usual task: a larger one drowns it
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
@@ -108,7 +108,7 @@ def main() -> None:
     use_available_cores()
     data, team = args.data_dir, read_merge_config(args.merge_config)
     base = local_folder(args.base or "outputs/quickstart/base")
-    form, console = as_chats(load_tokenizer(base), base), Console(width=170)
+    form, console = as_chats(load_tokenizer(base), base), screen(170)
     tasks, talkers, names = tasks_of(data), chat_roles(data), trained_roles(team)
     check_roles(data, tasks, roles(team))
     check_chat_roles(data, roles(team))

@@ -9,14 +9,12 @@ tables: the first label in the text that the model writes. Held-out conversation
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from finteam_experts.threads import has_bf16_units, use_available_cores  # before torch
 
 import matplotlib.pyplot as plt
-from rich.console import Console
 from rich.table import Table
 
 from finteam_experts import runs
@@ -31,6 +29,7 @@ from finteam_experts.evaluation.tasks import difference, evaluate_model, majorit
 from finteam_experts.files import file_hash, read_json, write_json
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.models import local_folder
+from finteam_experts.screen import screen
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
 MODELS = ("base", DENSE, "moe", TEAM)
@@ -38,7 +37,7 @@ MODELS = ("base", DENSE, "moe", TEAM)
 
 def print_report(report: dict[str, Any]) -> None:
     """Print a row per model of each table that there is: tasks, answers, lm-eval's own tasks."""
-    console, models = Console(width=None if os.isatty(1) else 170), report["models"]
+    console, models = screen(170), report["models"]
     if report["tasks"]:
         console.print(task_table(report))
     roles = list(next(iter(models.values()))["answers"])

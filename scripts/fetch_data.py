@@ -14,7 +14,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from finteam_experts import files, runs
@@ -23,6 +22,7 @@ from finteam_experts.data.fetching import Draw, Revisions, fetch_chats, fetch_co
 from finteam_experts.data.files import read_rows
 from finteam_experts.data.passages import SHORTEST
 from finteam_experts.errors import InputError, nearest, run
+from finteam_experts.screen import screen
 
 SOURCES = Path(__file__).parent / "data_sources.yaml"
 
@@ -47,8 +47,8 @@ def check(table_file: Path, sources: hub.Sources) -> None:
             table.add_row(place, source.dataset, ", ".join(splits), text[:60], label, source.licence)
         except InputError as error:
             problems.append(str(error))
-            table.add_row(place, source.dataset, "[red]can't be read", "", "", source.licence)
-    Console(width=150).print(table)
+            table.add_row(place, source.dataset, "can't be read", "", "", source.licence)
+    screen(150).print(table)
     if problems:
         raise InputError("\n".join(problems))
 

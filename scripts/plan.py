@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 from trl import SFTConfig
@@ -26,6 +25,7 @@ from finteam_experts.data.tasks import default_tasks
 from finteam_experts.errors import InputError, run
 from finteam_experts.files import check_disk_room, read_yaml
 from finteam_experts.merging.config import read_merge_config, roles, trained_roles
+from finteam_experts.screen import screen
 from finteam_experts.training import planning
 from finteam_experts.training.planning import Devices, Shape, Training
 
@@ -140,7 +140,7 @@ def print_steps(title: str, steps: list[Step], devices: Devices) -> list[str]:
             problems.append(f"step {step.title} needs {sum(parts.values()):.1f} GiB of the {room}. {advice}")
     for name, cells in rows.items():
         table.add_row(name, *cells, end_section=name in ("trained", "GiB per device"))
-    Console().print(table)
+    screen().print(table)
     return problems
 
 
@@ -164,7 +164,7 @@ def print_disk(steps: list[Step]) -> float:
     for name, size in folders.items():
         table.add_row(name, f"{size / 1e9:.1f}")
     table.add_row("all", f"{needed:.1f}")
-    Console().print(table)
+    screen().print(table)
     return needed
 
 

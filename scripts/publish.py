@@ -21,7 +21,6 @@ from typing import Any
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, SpaceCard
 from huggingface_hub.errors import HfHubHTTPError
-from rich.console import Console
 from rich.table import Table
 
 from finteam_experts.errors import InputError, nearest, run
@@ -30,6 +29,7 @@ from finteam_experts.fingerprints import fingerprint
 from finteam_experts.models import ADAPTER_FILE
 from finteam_experts.publishing.cards import render, snippet
 from finteam_experts.publishing.repositories import PublishedRun, Repo, check_licence, check_texts, data_licences
+from finteam_experts.screen import screen
 
 PARTS = ("dense", "adapters", "moe", "moe-instruct", "space")
 SPACE = Path(__file__).parents[1] / "space"
@@ -104,7 +104,7 @@ def print_plan(repos: list[Repo], visibility: str) -> None:
         table.add_section()
     files, size = sum(len(repo.files) for repo in repos), sum(size for repo in repos for _, size in repo.sizes())
     table.add_row("all", f"{files} files", f"{size / 1e6:,.1f}")
-    Console(width=140).print(table)
+    screen(140).print(table)
 
 
 def preflight(api: HfApi, namespace: str) -> None:

@@ -19,7 +19,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import PartialState
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +36,7 @@ from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, get_gates, load_gates, random_gates, set_gates
 from finteam_experts.merging.join import weight_average
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
+from finteam_experts.screen import screen
 
 AVERAGE, ORACLE = "weight average", "oracle: own expert"
 Losses = dict[str, dict[str, float]]  # by model, then by role
@@ -64,7 +64,7 @@ def dense_losses(
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the routing of every gate and the held-out losses."""
-    console = Console(width=None if Console().is_terminal else 140)
+    console = screen(140)
     table = Table(
         "gates", title=f"Routing of held-out text ({report['passages']} passages, {report['tokens']} tokens)"
     )

@@ -9,6 +9,7 @@ Reads the run's reports and asks the team three questions. Writes RUN_DIR/report
 import argparse
 import base64
 import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from finteam_experts.threads import use_available_cores  # before torch
 
 import numpy as np
 from accelerate import PartialState
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, run
@@ -26,6 +27,7 @@ from finteam_experts.evaluation.labels import greedy_answers
 from finteam_experts.evaluation.routing import expert_shares
 from finteam_experts.files import read_json, write_text
 from finteam_experts.models import as_chats, load_model, load_tokenizer
+from finteam_experts.screen import screen
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
 QUESTIONS = (
@@ -99,9 +101,7 @@ def routing_table(routing: dict[str, Any]) -> Table:
         if router != shown:
             continue
         for place, row in enumerate(part["confusion"]):
-            cells = [
-                f"[bold]{share:.0%}[/]" if place == column else f"{share:.0%}" for column, share in enumerate(row)
-            ]
+            cells = [Text(f"{share:.0%}", "bold" if place == column else "") for column, share in enumerate(row)]
             table.add_row(what or "corpus" if place == 0 else "", routing["roles"][place], *cells)
         table.add_section()
     return table
@@ -147,7 +147,7 @@ def main() -> None:
     evaluation, routing = read_json(reports / "evaluation.json"), read_json(reports / "routing.json")
     models = [name for name in ("base", "trunk", DENSE, TEAM) if name in evaluation["models"]]
     asked = ask_team(args.run_dir / TEAM)
-    console = Console(width=None if Console().is_terminal else 140, record=True)
+    console = screen(140, record=True)
     if evaluation["tasks"]:
         console.print(task_table(evaluation, models))
     if evaluation["models"][TEAM]["answers"]:
@@ -168,7 +168,7 @@ def main() -> None:
     )
     tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
     page = reports / "summary.html"
-    write_text(page, PAGE.format(title=f"FinTeamExperts: {args.run_dir.name}", tables=tables, images=images))
+    write_text(page, PAGE.format(title=escape(f"FinTeamExperts: {args.run_dir.name}"), tables=tables, images=images))
     print(f"The same with plots: {page}")
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from finteam_experts.errors import InputError, run
 from finteam_experts.files import read_json
+from finteam_experts.screen import screen
 
 BASE, DENSE, TEAM = "base", "dense-instruct", "moe-instruct"
 
@@ -65,7 +65,7 @@ def main() -> None:
             f"{found['above majority']:+.3f}", ", ".join(f"{nats:.3f}" for nats in found["nats"]), f"{found['bare']:.2f}",
             ", ".join(f"{share:.3f}" for share in found["routing"]), f"{found['minutes']:.1f}",
         )  # fmt: skip
-    Console(width=170).print(table)
+    screen(170).print(table)
     print(f"team - dense: mean {np.mean(differences):+.3f}, lowest {min(differences):+.3f}")
 
 
