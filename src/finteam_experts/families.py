@@ -21,6 +21,7 @@ from finteam_experts.files import read_json
 class Family:
     dense_types: dict[str, str]  # `model_type` of the dense bases, and how people call them
     moe_type: str  # `model_type` of the MoE
+    moe_name: str  # and how people call it
     mergekit: str  # module and class of mergekit's output architecture
     block: str  # the MoE's block in a decoder layer, as it is called on disk
     matrices: dict[str, str]  # of a dense MLP, and of an expert on disk
@@ -69,6 +70,7 @@ FAMILIES = [
     Family(
         dense_types={"llama": "Llama", "mistral": "Mistral"},
         moe_type="mixtral",
+        moe_name="Mixtral",
         mergekit="mergekit.moe.mixtral:MixtralMoE",
         block="block_sparse_moe",
         matrices={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
@@ -77,6 +79,7 @@ FAMILIES = [
     Family(
         dense_types={"qwen3": "Qwen3"},
         moe_type="qwen3_moe",
+        moe_name="Qwen3-MoE",
         mergekit="mergekit.moe.qwen3:Qwen3MoE",
         block="mlp",
         matrices={matrix: matrix for matrix in ("gate_proj", "up_proj", "down_proj")},

@@ -14,6 +14,8 @@ from huggingface_hub import ModelCard
 
 from conftest import REPOSITORY, ROLES, SHORT, shell
 from finteam_experts.errors import InputError
+from finteam_experts.files import read_json
+from finteam_experts.publishing.cards import learned_from
 from finteam_experts.publishing.repositories import Repo, check_licence, check_texts
 from local_hub import OWNER, READER, LocalHub
 
@@ -186,6 +188,15 @@ def test_cards_are_what_the_hub_reads_and_hold_nothing_local(published):
         assert not re.search(r"\b(None|nan)\b", text)
         for foreign in (str(run_dir), "outputs/", OWNER, "{{", "{%"):
             assert foreign not in text, (name, foreign)
+        if name.endswith("-lora"):
+            shares = re.search(r"It was trained on (.+), with LoRA on", text)[1]
+            assert "rows of its tasks (" in shares
+            assert sum(map(int, re.findall(r"(\d+)%", shares))) == pytest.approx(100, abs=2)
+        else:
+            family = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE"}[
+                read_json(run_dir / "moe/config.json")["model_type"]
+            ]
+            assert f"in the {family} architecture" in text
     tuned = ModelCard(hub.content(hub.repos["models", f"owner/{NAME}"].commits[
         hub.repos["models", f"owner/{NAME}"].head]["README.md"]).decode())  # fmt: skip
     assert tuned.data.base_model == f"owner/{NAME}-merged"
@@ -313,3 +324,17 @@ def test_licences_that_allow_it():
 def test_texts_with_tokens_or_local_folders_are_refused(text):
     with pytest.raises(InputError, match="a token or a folder of this machine"):
         check_texts([Repo("me/x", "moe", "", {"config.json": text.encode()})])
+
+
+@pytest.mark.parametrize(
+    ("corpus", "shares", "words"),
+    [
+        ("0a1b", None, "passages of its field"),
+        ({"corpus": "0a1b"}, {"corpus": 0.5, "chats": 0.5}, "passages of its field (100%)"),
+        ({"chats": "0a1b", "tasks": {}}, {"corpus": 0.2, "chats": 0.6, "tasks": 0.2},
+         "conversations about it (75%), rows of its tasks (25%)"),
+    ],
+)  # fmt: skip
+def test_a_card_says_what_an_expert_learned_from(corpus, shares, words):
+    settings = {} if shares is None else {"learn_from": shares}
+    assert learned_from({"inputs": {"corpus": corpus, "settings": settings}}) == words

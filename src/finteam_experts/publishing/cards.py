@@ -21,11 +21,16 @@ from finteam_experts.roles import role_of
 SCORES = {"accuracy": "accuracy", "f1": "macro_f1", "matthews_correlation": "mcc"}  # the Hub's names and ours
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of what scripts/make_base.py unpacks
 QUESTION = "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?"
+PARTS = {  # what an expert may learn from, in words
+    "corpus": "passages of its field", "chats": "conversations about it", "general": "everyday conversations",
+    "tasks": "rows of its tasks",
+}  # fmt: skip
 LIBRARIES = ("transformers", "trl", "peft", "mergekit", "torch")
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
+_ENVIRONMENT.filters["cell"] = lambda text: " ".join(text.split()).replace("|", r"\|")  # of a table
 
 
 def snippet(run: PublishedRun, repo: Repo) -> str:
@@ -96,6 +101,16 @@ def _eval_results(run: PublishedRun) -> list[EvalResult] | None:
     ]  # fmt: skip
 
 
+def learned_from(record: dict[str, Any]) -> str:
+    """The rows that an expert was trained on, in words, with the shares of those that its data had."""
+    shares, sources = record["inputs"]["settings"].get("learn_from"), record["inputs"]["corpus"]
+    if not shares:
+        return "passages of its field"
+    found = {part: share for part, share in shares.items() if part in sources or "datasets" in sources}
+    total = sum(found.values())
+    return ", ".join(f"{PARTS[part]} ({share / total:.0%})" for part, share in found.items())
+
+
 def render(
     run: PublishedRun, repo: Repo, licence: str, version: str, licences: dict[str, str], tried: dict[str, Any]
 ) -> bytes:
@@ -110,7 +125,9 @@ def render(
         record=record,
         results=record.get("results", {}),
         adapter=read_json(folder / "adapter_config.json") if adapter else None,
+        learned=learned_from(record) if adapter else None,
         role=role_of(repo.part.split("/")[1]) if adapter else None,
+        family=family_in(folder) if repo.card.startswith("moe") else None,
         team=[role_of(name, place) for place, name in enumerate(member["name"] for member in run.team)],
         tasks=tasks_of_run(run),
         snippet=snippet(run, repo),
