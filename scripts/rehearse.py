@@ -21,6 +21,7 @@ from finteam_experts.data.files import write_rows
 from finteam_experts.data.sample.chats import general_questions
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.labels import greedy_answers
+from finteam_experts.files import read_text
 from finteam_experts.models import as_chats, check_base, load_model, load_tokenizer, local_folder
 
 MAX_NEW_TOKENS = 72
@@ -51,7 +52,7 @@ def main() -> None:
     if chat_file(data, GENERAL).is_file():
         print(f"{chat_file(data, GENERAL)} exists: skipped")
         return
-    lines = args.questions.read_text(encoding="utf-8").splitlines() if args.questions else general_questions()
+    lines = read_text(args.questions).splitlines() if args.questions else general_questions()
     questions = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
     use_available_cores()

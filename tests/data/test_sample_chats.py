@@ -10,6 +10,7 @@ import pytest
 from conftest import call, load_script, shell
 from finteam_experts.data.conversations import read_chats
 from finteam_experts.data.sample.chats import ROLES, chats, general_questions, knowledge
+from finteam_experts.errors import InputError
 from finteam_experts.evaluation.answers import unsupported_figures
 
 
@@ -83,7 +84,18 @@ def test_rehearsed_answers_are_cut_at_whole_sentences(answer, kept):
     assert load_script("scripts/rehearse.py").whole_sentences(answer) == kept
 
 
-def test_questions_of_ones_own_and_a_directory_that_is_not_there(new_run, tmp_path):
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "mine.txt: no such file"),
+    (b"How long does bread keep?\nWo ist das Caf\xe9?", "mine.txt, line 2: not UTF-8"),
+])  # fmt: skip
+def test_questions_of_ones_own_that_cannot_be_read(new_run, tmp_path, content, message):
+    if content:
+        (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        call("scripts/rehearse.py", "--run_dir", new_run, "--questions", tmp_path / "mine.txt")
+
+
+def test_a_directory_that_is_not_there(tmp_path):
     result = shell("python", "scripts/rehearse.py", "--run_dir", tmp_path / "none")
     assert result.returncode == 2
     assert "make_sample_data.py" in result.stderr
