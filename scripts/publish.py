@@ -20,7 +20,8 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, SpaceCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from rich.table import Table
 
 from finteam_experts.errors import InputError, nearest, run
@@ -161,6 +162,13 @@ def main() -> None:
     licences = data_licences(args.data_dir or args.run_dir / "data")
     check_licence(args.license, licences, args.base_model or "", args.name)
     repos = published.repos([part for part in PARTS if part in args.parts])
+    for repo in repos:
+        try:
+            validate_repo_id(repo.id)
+        except HFValidationError as error:
+            raise InputError(
+                f"--namespace {args.namespace} and --name {args.name} give no name of a repository: {error}"
+            ) from None
     api, tag, doing = HfApi(), f"v{args.version}", "preflight"
     try:
         if not args.dry_run:

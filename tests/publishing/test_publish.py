@@ -270,8 +270,13 @@ def test_a_published_team_trains_on(published, tmp_path, toy_data):
 
 
 def test_preflight_refuses_before_anything_is_made(hub, run_with_secrets):
-    attempts = [("", []), (READER, []), (OWNER, ["--namespace", "somebody"])]
-    messages = ["hf auth login", "only reads", "the token belongs to owner"]
+    attempts = [("", []), (READER, []), (OWNER, ["--namespace", "somebody"]), (OWNER, ["--name", "My team"])]
+    messages = [
+        "hf auth login",
+        "only reads",
+        "the token belongs to owner",
+        "--name My team give no name of a repository",
+    ]
     for (code, _, errors), message in zip(publish(run_with_secrets, hub, *attempts), messages, strict=True):
         assert code == 2
         assert message in errors
