@@ -2,11 +2,13 @@
 """Scoring the labels of classification prompts: by log-likelihood, as a language model for lm-eval, or in an answer."""
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import torch
 from accelerate import PartialState
@@ -22,6 +24,7 @@ from finteam_experts.errors import InputError, NotFiniteError, nearest
 from finteam_experts.evaluation.batches import padded_batches
 
 OTHER_BATCH = 16  # rows at once of tasks that are lm-eval's own
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that it did not load itself
 Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context tokens, continuation tokens)
 
 
@@ -128,14 +131,18 @@ def run_lm_eval(
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
         found.append(definition)
-    return lm_eval.simple_evaluate(
-        lm,
-        tasks=found,
-        task_manager=TaskManager(include_defaults=False),
-        apply_chat_template=True,
-        system_instruction=SYSTEM_PROMPT,
-        bootstrap_iters=0,  # evaluation.metrics computes errors, for all metrics alike
-    )
+    datasets.disable_progress_bars()  # of reading the rows: there is one of scoring them
+    try:
+        return lm_eval.simple_evaluate(
+            lm,
+            tasks=found,
+            task_manager=TaskManager(include_defaults=False),
+            apply_chat_template=True,
+            system_instruction=SYSTEM_PROMPT,
+            bootstrap_iters=0,  # evaluation.metrics computes errors, for all metrics alike
+        )
+    finally:
+        datasets.enable_progress_bars()
 
 
 def other_tasks(names: list[str], path: Path | None) -> TaskManager:
