@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from finteam_experts.errors import run
 from finteam_experts.families import family_of
 from finteam_experts.models import MLP_MODULES
+from finteam_experts.screen import screen
 from finteam_experts.training import planning
 from finteam_experts.training.planning import GIB, Devices, Training
 from shapes import SHAPES
@@ -143,7 +143,7 @@ def main() -> None:
         for row in generate(team, args):
             use.add_row(name, *row)
         print(f"{name}: measured", flush=True)
-    Console(width=120).print(training, use)
+    screen(120).print(training, use)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import yaml
-from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig, SFTConfig
 
@@ -34,6 +32,7 @@ from finteam_experts.errors import InputError, run
 from finteam_experts.files import read_yaml
 from finteam_experts.merging.config import read_merge_config, trained_roles
 from finteam_experts.models import MLP_MODULES, as_chats, load_tokenizer
+from finteam_experts.screen import screen
 
 REPOSITORY = Path(__file__).parents[1]
 LOGGING_STEPS = 5
@@ -186,7 +185,7 @@ def main() -> None:
         ratio = f"{np.mean(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         memory = " / ".join(f"{max(m.peak_gib for m in part):.1f}" for part in both)
         table.add_row(title, *speeds, ratio, memory, " / ".join(f"{np.mean([m.losses for m in p]):.4f}" for p in both))
-    Console(width=None if os.isatty(1) else 170).print(table)
+    screen(170).print(table)
     dense, team = (np.mean([m.tokens_per_second for m in figures[title]["ours"]]) for title in ("3: dense", "3: team"))
     print(f"The team costs {dense / team:.2f} times as much per token as the dense model")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STEP 2. Merge each role's LoRA into a dense expert and let mergekit assemble the experts into a Mixtral-style MoE.
+"""STEP 2. Merge each role's LoRA into a dense expert and let mergekit assemble the experts into one MoE.
 
     python scripts/merge_moe.py --run_dir outputs/quickstart
 

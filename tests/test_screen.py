@@ -17,6 +17,6 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(capsys):
     assert "Sales rose. [/INST] :x:" in shown
 
 
-@pytest.mark.parametrize("folder", ["scripts", "recipes", "experiments"])
+@pytest.mark.parametrize("folder", ["scripts", "recipes", "experiments", "benchmarks"])
 def test_nothing_prints_past_that(folder):
     assert not [path.name for path in (REPOSITORY / folder).rglob("*.py") if "Console(" in path.read_text()]

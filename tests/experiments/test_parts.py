@@ -40,6 +40,12 @@ def order(config, toy_data, toy_base):
     return parts.Order(parts.Parts.model_validate(read_yaml(config)), "o", 0, toy_data, toy_base)
 
 
+def test_both_settings_differ_in_the_order_of_rows_alone():
+    random, stratified = (read_yaml(REPOSITORY / f"experiments/parts/{name}.yaml") for name in ("parts", "stratified"))
+    assert random["overrides"].pop("stratify_rows") is False
+    assert {key for key in random if random[key] != stratified[key]} == {"run_dir", "results"}
+
+
 def test_every_way_and_the_rows_it_is_trained_on(order):
     found = {(way.name, way.arrivals): way for way in load_script("experiments/parts/ways.py").ways(order)}
     assert found["joint", 3].rows == 48  # everything again

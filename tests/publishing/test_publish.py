@@ -336,8 +336,9 @@ def test_texts_with_tokens_or_local_folders_are_refused(text):
     [
         ("0a1b", None, "passages of its field"),
         ({"corpus": "0a1b"}, {"corpus": 0.5, "chats": 0.5}, "passages of its field (100%)"),
-        ({"chats": "0a1b", "tasks": {}}, {"corpus": 0.2, "chats": 0.6, "tasks": 0.2},
+        ({"chats": "0a1b", "tasks": {"fpb": "0a1b"}}, {"corpus": 0.2, "chats": 0.6, "tasks": 0.2},
          "conversations about it (75%), rows of its tasks (25%)"),
+        ({"chats": "0a1b", "tasks": {}}, {"chats": 0.6, "tasks": 0.4}, "conversations about it (100%)"),
     ],
 )  # fmt: skip
 def test_a_card_says_what_an_expert_learned_from(corpus, shares, words):

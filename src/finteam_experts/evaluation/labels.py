@@ -24,7 +24,9 @@ from finteam_experts.errors import InputError, NotFiniteError, nearest
 from finteam_experts.evaluation.batches import padded_batches
 
 OTHER_BATCH = 16  # rows at once of tasks that are lm-eval's own
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that it did not load itself
+logging.getLogger("lm_eval.models.huggingface").setLevel(
+    logging.ERROR
+)  # it warns of every model that it did not load itself
 Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context tokens, continuation tokens)
 
 
@@ -131,6 +133,7 @@ def run_lm_eval(
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
         found.append(definition)
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # of reading the rows: there is one of scoring them
     try:
         return lm_eval.simple_evaluate(
@@ -142,7 +145,8 @@ def run_lm_eval(
             bootstrap_iters=0,  # evaluation.metrics computes errors, for all metrics alike
         )
     finally:
-        datasets.enable_progress_bars()
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def other_tasks(names: list[str], path: Path | None) -> TaskManager:

@@ -106,7 +106,11 @@ def learned_from(record: dict[str, Any]) -> str:
     shares, sources = record["inputs"]["settings"].get("learn_from"), record["inputs"]["corpus"]
     if not shares:
         return "passages of its field"
-    found = {part: share for part, share in shares.items() if part in sources or "datasets" in sources}
+    found = {
+        part: share
+        for part, share in shares.items()
+        if sources.get(part) or (part in ("corpus", "chats") and "datasets" in sources)
+    }
     total = sum(found.values())
     return ", ".join(f"{PARTS[part]} ({share / total:.0%})" for part, share in found.items())
 
