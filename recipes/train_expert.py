@@ -81,8 +81,6 @@ class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps_per_task is not None and self.steps_per_task < 1:
-            raise InputError(f"steps_per_task is {self.steps_per_task}; it is 1 or more. Without it, epochs count.")
         try:
             shares = yaml.safe_load(self.learn_from) if isinstance(self.learn_from, str) else self.learn_from
         except yaml.YAMLError:

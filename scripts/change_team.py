@@ -26,7 +26,7 @@ from rich.table import Table
 from finteam_experts import runs
 from finteam_experts.data.files import rows_to_score, tasks_of
 from finteam_experts.data.tasks import Tasks, about_tasks
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, check_number, run
 from finteam_experts.evaluation.tasks import evaluate_model
 from finteam_experts.files import check_disk_room, file_hash, write_json
 from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
@@ -158,6 +158,10 @@ def main() -> None:
     for name, needless in (("--expert", args.expert), ("--sums", args.sums)):
         if args.kind == "remove" and needless:
             raise InputError(f"{name} is for an analyst that joins; {args.role} is to be removed.")
+
+    check_number("--ridge", args.ridge, above=0)
+    if args.limit:
+        check_number("--limit", args.limit, least=2)  # a standard error needs two rows
 
     use_available_cores()
     started, moe, data = time.monotonic(), args.run_dir / args.model, args.data_dir or args.run_dir / "data"

@@ -22,7 +22,7 @@ from finteam_experts.data import leaks
 from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
 from finteam_experts.data.files import evenly_spread, rows_to_score, scored_file, tasks_of
 from finteam_experts.data.tasks import about_tasks, prompting
-from finteam_experts.errors import InputError, NotFiniteError, run
+from finteam_experts.errors import InputError, NotFiniteError, check_number, run
 from finteam_experts.evaluation.answers import SCORES
 from finteam_experts.evaluation.labels import other_tasks, run_other_tasks
 from finteam_experts.evaluation.tasks import difference, evaluate_model, majority
@@ -144,8 +144,8 @@ def main() -> None:
                         help="score labels in bfloat16 (default: where this CPU has units for it)")  # fmt: skip
     parser.add_argument("--name", default="evaluation", help="writes RUN_DIR/reports/NAME.json and NAME.png")
     args = parser.parse_args()
-    if args.limit is not None and args.limit < 2:
-        raise InputError(f"--limit {args.limit}: a standard error needs two rows or more.")
+    check_number("--limit", args.limit, least=2)  # a standard error needs two rows
+    check_number("--chats", args.chats, least=0)
 
     use_available_cores()
     data, target = args.data_dir or args.run_dir / "data", args.run_dir / "reports" / f"{args.name}.json"

@@ -21,7 +21,7 @@ from finteam_experts.data import hub
 from finteam_experts.data.fetching import Draw, Revisions, fetch_chats, fetch_corpus, fetch_task, question_of
 from finteam_experts.data.files import read_rows
 from finteam_experts.data.passages import SHORTEST
-from finteam_experts.errors import InputError, nearest, run
+from finteam_experts.errors import InputError, check_number, nearest, run
 from finteam_experts.screen import screen
 
 SOURCES = Path(__file__).parent / "data_sources.yaml"
@@ -108,10 +108,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which rows are drawn")
     parser.add_argument("--sources", type=Path, default=SOURCES, help="the table of datasets")
     args = parser.parse_args()
-    if args.max_rows is not None and args.max_rows < 1:
-        raise InputError(f"--max_rows {args.max_rows}: give a number above 0, or leave it out.")
-    if args.max_characters < SHORTEST:
-        raise InputError(f"--max_characters {args.max_characters}: give {SHORTEST} or more.")
+    check_number("--max_rows", args.max_rows, least=1)
+    check_number("--max_characters", args.max_characters, least=SHORTEST)
     if not args.check and args.data_dir is None:
         raise InputError("--data_dir is missing: name the data directory to write, or pass --check.")
     sources = chosen_sources(args)

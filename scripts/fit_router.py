@@ -27,14 +27,14 @@ from finteam_experts.data.calibration import CHAT_SHARE, GENERAL_SHARE, general_
 from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, check_chat_roles
 from finteam_experts.data.files import check_roles, corpus_file, task_file, tasks_of
 from finteam_experts.data.tasks import prompting
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, check_number, run
 from finteam_experts.families import family_in
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import PARTS, fingerprint, trunk_fingerprint
 from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.router import fit, team_sums
-from finteam_experts.merging.sums import RIDGE, TOKENS_PER_ROLE, save_sums, sums_file
+from finteam_experts.merging.sums import FEWEST_TOKENS, RIDGE, TOKENS_PER_ROLE, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
 from finteam_experts.weights import StoredTensors, weight_files
 
@@ -87,12 +87,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which passages are drawn")
     parser.add_argument("--overwrite", action="store_true", help="replace a router fitted with other settings")
     args = parser.parse_args()
-    if args.tokens_per_role < 256 or args.ridge <= 0:
-        raise InputError("--tokens_per_role must be 256 or more, and --ridge above 0: a gate has as many unknowns.")
-    if not 0 <= args.chat_share <= 1:
-        raise InputError(f"--chat_share {args.chat_share:g}: a share is from 0 to 1.")
-    if args.scale is not None and args.scale <= 0:
-        raise InputError(f"--scale {args.scale:g}: at 0 all experts count alike, below it the wrong ones count most.")
+    check_number("--tokens_per_role", args.tokens_per_role, least=FEWEST_TOKENS)
+    check_number("--chat_share", args.chat_share, least=0, most=1)
+    check_number("--ridge", args.ridge, above=0)
+    check_number("--scale", args.scale, above=0)  # at 0 all experts count alike, below it the wrong ones count most
 
     use_available_cores()
     moe, data, merged = args.run_dir / args.model, args.data_dir or args.run_dir / "data", args.model == "moe"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from finteam_experts import runs
 from finteam_experts.data.tasks import SYSTEM_PROMPT
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, check_number, run
 from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
 from finteam_experts.merging.adapters import check_adapter, dense_expert
@@ -59,9 +59,8 @@ def main() -> None:
 
     config = read_merge_config(args.merge_config)
     names, trained = roles(config), trained_roles(config)
+    check_number("--experts_per_token", args.experts_per_token, least=1, most=len(names))
     if args.experts_per_token is not None:
-        if not 1 <= args.experts_per_token <= len(names):
-            raise InputError(f"--experts_per_token {args.experts_per_token}: it must be 1 to {len(names)}.")
         config = config.model_copy(update={"experts_per_token": args.experts_per_token})
     base = local_folder(args.base or str(args.run_dir / "base"))
     base_config, known_base = check_base(base), fingerprint(base)

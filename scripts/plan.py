@@ -22,7 +22,7 @@ from trl import SFTConfig
 from finteam_experts import families, models
 from finteam_experts.data.mixture import row_limits
 from finteam_experts.data.tasks import default_tasks
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, check_number, run
 from finteam_experts.files import check_disk_room, read_yaml
 from finteam_experts.merging.config import read_merge_config, roles, trained_roles
 from finteam_experts.screen import screen
@@ -187,8 +187,7 @@ def main() -> None:
     add("--run_dir", type=Path, default=Path("outputs"), help="where the run will be: is there room?")
     args = parser.parse_args()
     for name in ("gpus", "rows", "row_tokens", "label_tokens", "memory", "tflops", "utilisation"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name} {getattr(args, name):g}: give a number above 0.")
+        check_number(f"--{name}", getattr(args, name), above=0)
     if not args.recipes.is_dir():
         raise InputError(f"--recipes {args.recipes}: no such folder. {RECIPES} has some.")
 

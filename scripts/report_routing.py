@@ -27,7 +27,7 @@ from finteam_experts.chats import SPANS
 from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
 from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus, read_task, task_file, tasks_of
 from finteam_experts.data.tasks import prompting, render_all
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, check_number, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.heldout import heldout_loss
 from finteam_experts.evaluation.routing import measure_routing
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=160, help="tokens of each passage")
     parser.add_argument("--name", default="routing", help="writes RUN_DIR/reports/NAME.json and NAME.png")
     args = parser.parse_args()
-    if min(args.passages, args.chats, args.max_tokens) < 2:
-        raise InputError("--passages, --chats and --max_tokens must be 2 or more.")
+    for name in ("passages", "chats", "max_tokens"):
+        check_number(f"--{name}", getattr(args, name), least=2)
 
     use_available_cores()
     data, target = args.data_dir or args.run_dir / "data", args.run_dir / "reports" / f"{args.name}.json"

@@ -16,10 +16,10 @@ from finteam_experts.threads import use_available_cores  # before torch
 from accelerate import PartialState
 
 from finteam_experts.data.calibration import CHAT_SHARE, GENERAL_SHARE, general_text, halves, role_text
-from finteam_experts.errors import InputError, run
+from finteam_experts.errors import InputError, check_number, run
 from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
 from finteam_experts.merging.adapters import check_adapter, dense_expert
-from finteam_experts.merging.sums import SUMS, TOKENS_PER_ROLE, compute_sums, mean_of, save_sums
+from finteam_experts.merging.sums import FEWEST_TOKENS, SUMS, TOKENS_PER_ROLE, compute_sums, mean_of, save_sums
 from finteam_experts.models import as_chats, check_base, load_model, load_tokenizer, local_folder
 
 
@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--chat_share", type=float, default=CHAT_SHARE, help="share of them in the chat format")
     parser.add_argument("--seed", type=int, default=0, help="which passages are drawn")
     args = parser.parse_args()
+
+    check_number("--tokens_per_role", args.tokens_per_role, least=FEWEST_TOKENS)
+    check_number("--chat_share", args.chat_share, least=0, most=1)
 
     use_available_cores()
     data, adapter = args.data_dir or args.run_dir / "data", args.run_dir / "adapters" / args.role

@@ -181,7 +181,7 @@ def test_no_plan_is_made_for_such_a_base(new_run, case):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", 0), "--gpus 0: give a number above 0"),
+        (("--gpus", 0), "--gpus is 0; it has to be above 0"),
         (("--recipes", "nowhere"), "--recipes nowhere: no such folder"),
     ],
 )

@@ -3,6 +3,7 @@
 
 import difflib
 import errno
+import math
 import os
 import sys
 import tempfile
@@ -32,6 +33,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known word closest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def check_number(
+    name: str, value: float | None, *, least: float | None = None, above: float | None = None,
+    most: float | None = None, below: float | None = None,
+) -> None:  # fmt: skip
+    """Raise `InputError` unless the value of the setting `name` is finite and within these bounds; `None` is no value."""
+    if value is None:
+        return
+    bounds = (
+        (least, "{:g} or more", lambda bound: value >= bound), (above, "above {:g}", lambda bound: value > bound),
+        (most, "{:g} or less", lambda bound: value <= bound), (below, "below {:g}", lambda bound: value < bound),
+    )  # fmt: skip
+    given = [(bound, text, right) for bound, text, right in bounds if bound is not None]
+    if not math.isfinite(value) or not all(right(bound) for bound, _, right in given):
+        wanted = " and ".join(text.format(bound) for bound, text, _ in given) or "finite"
+        raise InputError(f"{name} is {value:g}; it has to be {wanted}.")
 
 
 def is_main_process() -> bool:

@@ -266,7 +266,7 @@ def test_bad_sources(hub, damage, message):
 def test_unknown_names(hub):
     for arguments, message in (
         (("--tasks", "fbp"), "--tasks fbp: .* lists fpb, headlines. Did you mean 'fpb'"),
-        (("--max_rows", 0), "give a number above 0"),
+        (("--max_rows", 0), "--max_rows is 0; it has to be 1 or more"),
     ):
         with pytest.raises(InputError, match=message):
             fetch(hub, *arguments)

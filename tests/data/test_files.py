@@ -49,7 +49,7 @@ def test_missing_and_empty_files(data):
         ({"text": "x", "label": "Maybe"}, r"line 3: unknown label 'Maybe'.*No, Yes"),
         ({"text": " ", "label": "No"}, "line 3: no text in column 'text'"),
         ("{not json", "line 3: not JSON"),
-        ("[1]", "line 3: no text in column 'text'.*found list"),
+        ("[1]", r"line 3: found '\[1\]'. Write one JSON object per line"),
     ],
 )
 def test_bad_rows(data, row, message):

@@ -209,7 +209,7 @@ def test_model_that_is_not_there(copied_run):
     shutil.rmtree(copied_run / "moe-instruct")
     with pytest.raises(InputError, match="moe-instruct does not exist. Run this step first"):
         evaluate(copied_run)
-    with pytest.raises(InputError, match="--limit 1: a standard error needs"):
+    with pytest.raises(InputError, match="--limit is 1; it has to be 2 or more"):
         evaluate(copied_run, "--limit", 1)
 
 

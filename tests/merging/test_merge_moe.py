@@ -138,7 +138,7 @@ def test_missing_adapter(unmerged):
 
 
 def test_another_number_of_experts_a_token(unmerged):
-    with pytest.raises(InputError, match="--experts_per_token 4: it must be 1 to 3"):
+    with pytest.raises(InputError, match="--experts_per_token is 4; it has to be 1 or more and 3 or less"):
         merge(unmerged, "--experts_per_token", 4)
     merge(unmerged, "--experts_per_token", 3)
     assert load_model(unmerged / "moe").config.num_experts_per_tok == 3

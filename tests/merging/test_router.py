@@ -271,5 +271,5 @@ def test_the_tokens_that_were_read_are_named(merged, capsys):
 
 
 def test_too_few_tokens_are_refused(merged):
-    with pytest.raises(InputError, match="--tokens_per_role must be 256 or more"):
+    with pytest.raises(InputError, match="--tokens_per_role is 10; it has to be 256 or more"):
         fit_router(merged, "--tokens_per_role", 10)

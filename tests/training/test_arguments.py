@@ -53,6 +53,12 @@ TASKS = default_tasks()
         (("--lora_dropout", "1.5"), "lora_dropout is 1.5; it has to be below 1"),
         (("--adam_beta2", "1.0"), "adam_beta2 is 1.0"),
         (("--seed", "-1"), "seed is -1"),
+        (("--seed", "4294967296"), "seed is 4.29497e.09; it has to be 0 or more and below"),
+        (("--learning_rate", "inf"), "learning_rate is inf; it has to be above 0"),
+        (("--max_length", "-1"), "max_length is -1; it has to be above 0"),
+        (("--label_smoothing_factor", "nan"), "label_smoothing_factor is nan; it has to be 0 or more and below 1"),
+        (("--neftune_noise_alpha", "-1"), "neftune_noise_alpha is -1; it has to be 0 or more"),
+        (("--warmup_steps", "-3"), "warmup_steps is -3; it has to be 0 or more"),
         (("--lr_scheduler_kwargs", "{num_decay_steps: 1}"), "value {num_decay_steps: 1} is not JSON: .*double quotes"),
         (
             ("--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'),

@@ -224,7 +224,7 @@ def test_an_expert_takes_its_steps_for_each_of_its_tasks(new_run):
         assert read_record(new_run / f"adapters/{role}")["results"]["steps"] == 2 * tasks
     train_expert(new_run, "quant", *own, "--max_steps", 3)  # says how many
     assert read_record(new_run / "adapters/quant")["results"]["steps"] == 3
-    with pytest.raises(InputError, match="steps_per_task is 0; it is 1 or more"):
+    with pytest.raises(InputError, match="steps_per_task is 0; it has to be 1 or more"):
         train_expert(new_run, "macro", "--steps_per_task", 0)
 
 

@@ -79,8 +79,11 @@ def trl_row(row: dict[str, Any], where: str) -> Conversation | str:
         return conversation_of(row["messages"], where)
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is not None and completion is not None:
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+        for column, value in (("prompt", prompt), ("completion", completion)):
+            if not isinstance(value, str | list):
+                raise InputError(f"{where}: {column} is {value!r:.80}; it is text or a list of turns.")
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         return conversation_of(asked + answered, where)
     if isinstance(row.get("text"), str) and row["text"].strip():
         return row["text"]

@@ -166,15 +166,20 @@ def _read_row(line: bytes, where: str, columns: tuple[str, ...]) -> dict[str, An
         raise InputError(f"{where}: not UTF-8 ({error.reason}). Convert it: iconv -f latin1 -t utf-8") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error}). Write one JSON object per line.") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: found {str(row)[:80]!r}. Write one JSON object per line.")
     for column in columns:
-        value = row.get(column) if isinstance(row, dict) else None
+        value = row.get(column)
         if not isinstance(value, str) or not value.strip():
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            expected = f"Expected the columns {', '.join(columns)}; found {found}."
+            expected = f"Expected the columns {', '.join(columns)}; found {', '.join(row)}."
             raise InputError(f"{where}: no text in column '{column}'. {expected}")
-    for column, value in row.items():
-        if isinstance(value, str) and value.encode(errors="replace") != value.encode(errors="surrogatepass"):
-            raise InputError(f"{where}: column '{column}' holds half a character (a lone surrogate). Remove it.")
+    for column, value in row.items() if b"\\u" in line else ():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{where}: column '{column}' holds half a character (a lone surrogate). Remove it."
+            ) from None
     return row
 
 

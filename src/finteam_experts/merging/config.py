@@ -31,7 +31,10 @@ def read_merge_config(path: Path) -> MoEMergeConfig:
     """Read and check the merge. mergekit itself ignores unknown keys and unknown gate modes, so both are errors here."""
     content = read_yaml(path)
     _check_keys(path, content, MoEMergeConfig, "")
-    for position, expert in enumerate(content.get("experts") or []):
+    experts = content.get("experts") or []
+    if not isinstance(experts, list):
+        raise InputError(f"{path}: experts must be a list, found {type(experts).__name__}.")
+    for position, expert in enumerate(experts):
         _check_keys(path, expert, Expert, f"experts[{position}].")
     try:
         config = MoEMergeConfig.model_validate(content)

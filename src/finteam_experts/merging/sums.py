@@ -30,6 +30,7 @@ from finteam_experts.weights import open_tensors
 FOLDER = "router_sums"  # of an MoE: one file for each analyst
 SUMS = "router_sums.safetensors"  # of a dense expert
 TOKENS_PER_ROLE = 24000
+FEWEST_TOKENS = 256  # a gate has more unknowns
 RIDGE = 0.01  # the penalty, as a share of the mean diagonal of X'X
 GENERAL_WEIGHT = 0.1  # of general text beside the analyst's own
 COUNTED = "texts"  # what counts alike; files from when tokens did don't say

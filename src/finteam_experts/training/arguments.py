@@ -19,7 +19,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from finteam_experts.data.mixture import row_limits
 from finteam_experts.data.tasks import Tasks
-from finteam_experts.errors import InputError, nearest
+from finteam_experts.errors import InputError, check_number, nearest
 from finteam_experts.families import is_moe
 from finteam_experts.files import read_yaml
 from finteam_experts.training.refused import check_settings, default_of
@@ -170,15 +170,14 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
         if "bf16" in fields and (recipe.get("use_cpu") or not torch.accelerator.is_available()):
             parser.set_defaults(bf16=has_bf16_units())
         *parsed, unknown = parser.parse_args_and_config(return_remaining_strings=True)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OverflowError) as error:
         given = getattr(error, "doc", None)  # of a JSONDecodeError, which names no key
         raise InputError(f"the value {given} is not JSON: {error}." if given else str(error)) from None
     if unknown:
         known = {*fields, "base", "config"}
         raise InputError(f"unknown argument '{unknown[0]}'.{nearest(unknown[0].lstrip('-').split('=')[0], known)}")
     for arguments in parsed:
-        if isinstance(arguments, SFTConfig | ModelConfig):
-            check_settings(arguments)
+        check_settings(arguments)
         if isinstance(arguments, SFTConfig):  # created early: it picks the CPU backend where the recipe asks for it
             PartialState(cpu=arguments.use_cpu)
     return tuple(parsed)
@@ -192,7 +191,7 @@ def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[s
         if key not in fields:
             hint = " Did you mean 'model_name_or_path'?" if key == "base" else nearest(str(key), fields)
             raise InputError(f"{path}: unknown key '{key}'.{hint}")
-        if value is None or value == fields[key].default:
+        if value == fields[key].default:
             continue
         if isinstance(value, str) and types[key] == list[str] | None:
             value = [value]
@@ -208,6 +207,8 @@ def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[s
             continue
         except ValidationError as error:
             raise InputError(f"{path}: {key} is {value!r}: {error.errors()[0]['msg'].lower()}.") from None
+        if isinstance(value, float):
+            check_number(f"{path}: {key}", value)
         if isinstance(value, float) and types[key] in (int, int | None):
             raise InputError(f"{path}: {key} is {value!r}; it must be a whole number, without a point.")
     return recipe

@@ -9,7 +9,7 @@ import torch
 from transformers import get_scheduler
 from trl import ModelConfig, SFTConfig
 
-from finteam_experts.errors import InputError
+from finteam_experts.errors import InputError, check_number
 
 _BASE = "What follows uses the base's own: put it into the base's folder, and name that folder with --base."
 _SCORED = "Nothing is evaluated while a recipe trains: scripts/evaluate.py scores the models, on validation rows with --split valid."
@@ -31,31 +31,33 @@ _REFUSED = {
 }  # fmt: skip
 
 # Numbers that torch and PEFT refuse in the middle of a run, or take to mean something else, by what they have to be.
-_ABOVE_ZERO = {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-               "save_steps", "lora_r", "lora_alpha"}  # fmt: skip
-_FROM_ZERO = {"weight_decay", "max_grad_norm", "lora_dropout", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed",
-              "dataloader_num_workers"}  # fmt: skip
-_BELOW_ONE = {"lora_dropout", "adam_beta1", "adam_beta2"}
+_BOUNDS: dict[str, dict[str, float]] = {
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+                     "logging_steps", "save_steps", "save_total_limit", "max_length", "lora_r", "lora_alpha"), {"above": 0}),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "neftune_noise_alpha", "router_aux_loss_coef",
+                     "dataloader_num_workers", "routing_steps"), {"least": 0}),
+    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), {"least": 0, "below": 1}),
+    **dict.fromkeys(("seed", "data_seed"), {"least": 0, "below": 2**32}),
+    **dict.fromkeys(("heldout_passages", "routing_passages", "steps_per_task"), {"least": 1}),
+    "chat_share": {"least": 0, "most": 1},
+}  # fmt: skip
 
 
-def check_settings(arguments: SFTConfig | ModelConfig) -> None:
-    """Raise `InputError` for the first setting that a recipe can't have, and for a schedule that can't be made."""
+def check_settings(arguments: Any) -> None:
+    """Raise `InputError` for the first setting that a recipe can't have, and for a schedule that can't be made.
+
+    `arguments` is TRL's `SFTConfig` or `ModelConfig`, or a recipe's own dataclass.
+    """
     for f in dataclasses.fields(arguments):
         value = getattr(arguments, f.name)
         if value == default_of(f) or (f.name == "output_dir" and value == "trainer_output"):
             continue
-        for name, reason in _REFUSED.items():
+        for name, reason in _REFUSED.items() if isinstance(arguments, SFTConfig | ModelConfig) else ():
             if f.name == name or (name.endswith("_") and f.name.startswith(name)):
                 found = value.value if isinstance(value, Enum) else value
                 raise InputError(f"{f.name} is {found!r}, which a recipe can't set. {reason}")
         if isinstance(value, int | float):
-            for names, right, wanted in (
-                (_ABOVE_ZERO, value > 0, "above 0"),
-                (_FROM_ZERO, value >= 0, "0 or more"),
-                (_BELOW_ONE, value < 1, "below 1"),
-            ):
-                if f.name in names and not right:
-                    raise InputError(f"{f.name} is {value}; it has to be {wanted}.")
+            check_number(f.name, value, **_BOUNDS.get(f.name, {}))
     if isinstance(arguments, SFTConfig):
         if arguments.save_strategy == "best":
             raise InputError(f"save_strategy is 'best'. {_SCORED} Set it to steps or epoch.")

@@ -88,8 +88,6 @@ def mixed(tasks: list[Example], chats: list[Example], chat_share: float | None, 
     """
     if chat_share is None:
         return _shuffled(tasks + chats, seed) if chats else tasks
-    if not 0 <= chat_share <= 1:
-        raise InputError(f"chat_share is {chat_share:g}: a share is from 0 to 1.")
     if not chats and chat_share > 0:
         raise InputError(
             f"chat_share is {chat_share:g}, and the data directory has no chats/ROLE.jsonl. Add some, or leave it out."
