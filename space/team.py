@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -28,6 +29,7 @@ MAX_NEW_TOKENS = 160
 MAX_PROMPT_TOKENS = 2048  # of a conversation: earlier turns are left out beyond that, and a longer question is refused
 LONGEST_TEXT = 256  # tokens of a passage, for a model whose tasks do not say
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
 
 
 @dataclass
@@ -49,6 +51,19 @@ class Answer:
 
 class ModelError(ValueError):
     """The model can't be shown. The message says why, and what to do."""
+
+
+def foreign_figures(answer: str, asked: str) -> list[str]:
+    """The figures of an answer that the text it was asked about does not have, as written; 1,200.50 is the same as 1200.5."""
+
+    def value(number: str) -> Decimal | str:
+        try:
+            return Decimal(_THOUSANDS.sub("", number))
+        except InvalidOperation:  # such as a date
+            return number
+
+    given = set(map(value, NUMBER.findall(asked)))
+    return [number for number in dict.fromkeys(NUMBER.findall(answer)) if value(number) not in given]
 
 
 class _StopOnce(StoppingCriteria):
@@ -150,8 +165,7 @@ class Team:
             worker.join()
         if not made:
             raise RuntimeError("the model stopped without an answer")
-        given = set(NUMBER.findall("\n".join(turn["content"] for turn in turns)))
-        foreign = [number for number in dict.fromkeys(NUMBER.findall(text)) if number not in given]
+        foreign = foreign_figures(text, "\n".join(turn["content"] for turn in turns))
         tokens, layers = self.routing(made[0], prompt.shape[1]) if analyst is None else ([], [])
         yield Answer(text, tokens, layers, foreign)
 

@@ -135,6 +135,12 @@ def test_what_does_not_fit_is_refused(changing, tmp_path):
     expert, sums = changing / "experts/credit", changing / "experts/credit/router_sums.safetensors"
     with pytest.raises(InputError, match="has an analyst 'macro'. Replace that one"):
         change(changing, "add", "macro", "--expert", expert)
+    for name in ("../credit", "general", "credit_heldout", ""):
+        with pytest.raises(InputError, match=f"no analyst can be called '{name}'"):
+            change(changing, "add", name, "--expert", expert)
+    for limit in ("1", "-1"):
+        with pytest.raises(InputError, match=f"--limit is {limit}; it has to be 2 or more"):
+            change(changing, "remove", "macro", "--limit", limit)
     with pytest.raises(InputError, match=r"no analyst 'marco', only macro, micro, quant. Did you mean 'macro'"):
         change(changing, "remove", "marco")
     with pytest.raises(InputError, match="--expert is for an analyst that joins"):

@@ -151,6 +151,10 @@ def test_no_room_on_the_disk(unmerged, monkeypatch):
     assert not (unmerged / "experts").exists()
 
 
+def team_of(*names: str) -> dict:
+    return {"experts": [{"source_model": f"experts/{name}", "positive_prompts": [name]} for name in names]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,10 +172,11 @@ def test_no_room_on_the_disk(unmerged, monkeypatch):
         ({"experts": [{"source_model": "experts/a"}, {"source_model": "experts/b"}]}, "'a' has no positive_prompts"),
         ({"experts": [{"source_model": "experts/a", "positive_prompts": ["a"]}] * 2}, "two or more different roles"),
         ({"base_model": None}, "base_model"),
-        (
-            {"experts": [{"source_model": f"experts/{r}", "positive_prompts": [r]} for r in ("a", "shared")]},
-            "no expert can be called 'shared'",
-        ),
+        (team_of("a", "shared"), "no analyst can be called 'shared': that is the trunk"),
+        (team_of("a", "general"), "no analyst can be called 'general': chats/general.jsonl is of no analyst"),
+        (team_of("a", "b_heldout"), "no analyst can be called 'b_heldout'. It is of letters"),
+        (team_of("a", "b c"), "no analyst can be called 'b c'. It is of letters"),
+        (team_of("a", "-b"), "no analyst can be called '-b'. It is of letters"),
     ],
 )
 def test_bad_merge_config(tmp_path, change, message):

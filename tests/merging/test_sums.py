@@ -180,6 +180,10 @@ def test_sums_that_are_none_are_refused(tmp_path):
     save_sums(replace(own, targets=torch.ones(2, 12)), path)
     with pytest.raises(InputError, match=r"inputs \[1, 78\] and targets \[2, 12\] do not belong together"):
         load_sums(path)
+    about = {"tokens": "90", "trunk": "trunk", "counted": "texts"}
+    save_file({"inputs": torch.ones(78), "targets": torch.ones(12)}, path, metadata=about)
+    with pytest.raises(InputError, match=r"inputs \[78\] and targets \[12\] do not belong together"):
+        load_sums(path)
     save_sums(replace(own, inputs=own.inputs * float("nan")), path)
     with pytest.raises(InputError, match="sums that are not finite"):
         load_sums(path)

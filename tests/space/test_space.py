@@ -194,6 +194,12 @@ def test_figures_of_an_answer_are_marked(team_here):
     assert 'class="foreign"' not in panels.answer_html(answer, team_here.members)  # not before it is complete
 
 
+def test_figures_are_the_same_however_they_are_written(team_here):
+    foreign = importlib.import_module("team").foreign_figures
+    assert foreign("Sales are 1200.5, not 1.2005 or 12005.", "Sales of 1,200.50 mn") == ["1.2005", "12005"]
+    assert foreign("On 1.2.2024: 4,1 and 41.", "Until 1.2.2024 it was 41.") == ["4,1"]
+
+
 def test_answers_side_by_side_mark_what_the_team_does_not_say(team_here):
     panels = importlib.import_module("panels")
     html = panels.columns_html([("The team", "", "Rates rise."), ("Macro", "#123", "Rates <b>fall</b>.")])

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from finteam_experts.errors import InputError, NotFiniteError, nearest
 from finteam_experts.families import family_of
 from finteam_experts.fingerprints import trunk_fingerprint
+from finteam_experts.merging.config import check_name
 from finteam_experts.merging.layout import finish_folder
 from finteam_experts.merging.sums import RouterSums
 from finteam_experts.models import MLP_MODULES, check_base, read_config
@@ -22,6 +23,7 @@ LEAST_EXPERTS = 2
 def changed_team(names: list[str], kind: str, role: str) -> list[str]:
     """The names of the team after the change; `InputError` if the team can't be changed like that."""
     if kind == "add":
+        check_name(role, "the analyst that joins")
         if role in names:
             raise InputError(f"the team has an analyst '{role}'. Replace that one, or choose another name.")
         return [*names, role]

@@ -4,6 +4,7 @@
 python -m finteam_experts.merging.config moe_merge.yaml      # prints the roles that have an expert to train
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.moe.config import Expert, MoEMergeConfig
 from pydantic import ValidationError
 
+from finteam_experts.data.conversations import GENERAL
 from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.files import read_yaml
 
 SHARED = "shared"  # not a role: the trunk that is trained on the corpora of all roles
 BASE = "base"  # the run folder's dense base
+NO_ROLES = {SHARED: "that is the trunk", GENERAL: f"chats/{GENERAL}.jsonl is of no analyst"}
 DTYPES = ("float32", "bfloat16", "float16")
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 # mergekit's keys that are refused, and why
@@ -68,6 +71,15 @@ def trained_roles(config: MoEMergeConfig) -> list[str]:
     return [role for role, expert in names if expert.source_model != config.base_model]
 
 
+def check_name(role: str, where: str) -> None:
+    """Raise `InputError` unless an analyst can have this name, of which folders and files are made."""
+    if role in NO_ROLES:
+        raise InputError(f"{where}: no analyst can be called '{role}': {NO_ROLES[role]}. Choose another name.")
+    if not re.fullmatch(r"[^\W_][\w-]*", role) or role.endswith("_heldout"):
+        wanted = "It is of letters, digits, _ and -, begins with a letter or digit, and does not end with _heldout."
+        raise InputError(f"{where}: no analyst can be called '{role}'. {wanted}")
+
+
 def check_role(role: str | None, path: Path) -> str:
     """Return `role` if the merge at `path` lists it as one to train; an `InputError` names those."""
     known = trained_roles(read_merge_config(path))
@@ -107,8 +119,8 @@ def _check_keys(path: Path, content: object, model: type, prefix: str) -> None:
 
 def _check_team(path: Path, config: MoEMergeConfig) -> None:
     names = roles(config)
-    if SHARED in names:
-        raise InputError(f"{path}: no expert can be called '{SHARED}': that is the trunk. Rename its folder.")
+    for name in names:
+        check_name(name, str(path))
     if len(set(names)) < max(len(names), 2):
         raise InputError(f"{path}: the experts must be two or more different roles; found {', '.join(names)}.")
     if not 1 <= config.experts_per_token <= len(names):

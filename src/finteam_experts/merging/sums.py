@@ -175,13 +175,13 @@ def load_sums(path: Path) -> RouterSums:
                 "Compute it again: scripts/router_sums.py, or scripts/fit_router.py --overwrite for a whole team."
             )
         triangles, targets = stored.get_tensor("inputs"), stored.get_tensor("targets")
-    layers, hidden = targets.shape
-    if list(triangles.shape) != [layers, hidden * (hidden + 1) // 2]:
+    hidden = targets.shape[-1] if targets.dim() == 2 else 0
+    if not hidden or list(triangles.shape) != [len(targets), hidden * (hidden + 1) // 2]:
         found = f"inputs {list(triangles.shape)} and targets {list(targets.shape)} do not belong together"
         raise InputError(f"{path}: {found}. Compute the sums again: scripts/router_sums.py")
     if not triangles.isfinite().all() or not targets.isfinite().all():
         raise InputError(f"{path} has sums that are not finite. Compute them again: scripts/router_sums.py")
     rows, columns = torch.triu_indices(hidden, hidden)
-    inputs = torch.empty(layers, hidden, hidden)
+    inputs = torch.empty(len(targets), hidden, hidden)
     inputs[:, rows, columns] = inputs[:, columns, rows] = triangles
     return RouterSums(inputs, targets, int(about["tokens"]), about["trunk"])
