@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, load_script
 from trl import SFTConfig
 
+from conftest import REPOSITORY, load_script
 from finteam_experts.data.conversations import chat_file, read_chats, trl_row
 from finteam_experts.data.files import corpus_file, read_corpus, read_task, task_file
 from finteam_experts.data.hub import read_sources
