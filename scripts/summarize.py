@@ -26,6 +26,7 @@ from finteam_experts.evaluation.answers import SCORES
 from finteam_experts.evaluation.labels import greedy_answers
 from finteam_experts.evaluation.routing import expert_shares
 from finteam_experts.files import read_json, write_text
+from finteam_experts.fingerprints import is_model
 from finteam_experts.models import as_chats, load_model, load_tokenizer
 from finteam_experts.screen import screen
 
@@ -41,6 +42,17 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 pre {{ overflow-x: auto; line-height: 1.25; }} img {{ max-width: 100%; height: auto; }}</style>
 <h1>{title}</h1>{tables}{images}</html>
 """
+
+
+def read_report(run_dir: Path, name: str, script: str, model: str) -> dict[str, Any]:
+    """A report of the run; `InputError` unless it is there, and of the `model` that is there now."""
+    path, command = run_dir / "reports" / f"{name}.json", f"python scripts/{script} --run_dir {run_dir}"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist. Make it: {command}")
+    report = read_json(path)
+    if not is_model(run_dir / model, report["inputs"]["models"].get(model)):
+        raise InputError(f"{path} is not of the {model} that is there now. Delete it and make it again: {command}")
+    return report
 
 
 def ask_team(folder: Path) -> list[tuple[str, str, dict[str, float]]]:
@@ -136,15 +148,11 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     args = parser.parse_args()
     reports = args.run_dir / "reports"
-    for name, script in (("evaluation", "evaluate.py"), ("routing", "report_routing.py")):
-        if not (reports / f"{name}.json").is_file():
-            raise InputError(
-                f"{reports}/{name}.json does not exist. Make it: python scripts/{script} --run_dir {args.run_dir}"
-            )
     runs.require(args.run_dir / TEAM, "recipes/instruct_tune.py or scripts/join_experts.py")
+    evaluation = read_report(args.run_dir, "evaluation", "evaluate.py", TEAM)
+    routing = read_report(args.run_dir, "routing", "report_routing.py", "moe")
 
     use_available_cores()
-    evaluation, routing = read_json(reports / "evaluation.json"), read_json(reports / "routing.json")
     models = [name for name in ("base", "trunk", DENSE, TEAM) if name in evaluation["models"]]
     asked = ask_team(args.run_dir / TEAM)
     console = screen(140, record=True)

@@ -39,10 +39,8 @@ class Exchange:
     prompt: list[int]
     answer: list[int]  # up to and including the answer's last character
     end: list[int]  # what the template puts after the answer, such as an end-of-turn token
-
-    spans: list[
-        int
-    ]  # of each token of `ids`, as a place in `SPANS`, or -1 for what the template and the system turn add
+    # of each token of `ids`, a place in `SPANS`, or -1 for what the template and the system turn add
+    spans: list[int]
 
     @property
     def ids(self) -> list[int]:
@@ -99,9 +97,9 @@ class ChatFormat:
         answered = [self._answered(turns, answer) for turns, answer in conversations]
         prompt_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         encoded = self.tokenizer(answered, add_special_tokens=False, return_offsets_mapping=True)
+        rows = zip(prompts, answered, prompt_ids, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         found, where = [], f"(chat template of {self.tokenizer.name_or_path})"
-        for row, (prompt, text, (_, answer)) in enumerate(zip(prompts, answered, conversations, strict=True)):
-            ids, offsets, before = encoded["input_ids"][row], encoded["offset_mapping"][row], prompt_ids[row]
+        for (turns, answer), (prompt, text, before, ids, offsets) in zip(conversations, rows, strict=True):
             if not text.startswith(prompt):
                 raise TemplateError(
                     f"it writes a prompt differently once it is answered: {prompt!r}, then {text!r} {where}"
@@ -113,19 +111,8 @@ class ChatFormat:
                 raise TemplateError(f"it changes the answer {answer!r} to {text[len(prompt) :]!r} {where}")
             last = place + len(answer.strip())
             end = next((at for at in range(len(before), len(ids)) if offsets[at][0] >= last), len(ids))
-            asked = (
-                conversations[row][0]
-                if isinstance(conversations[row][0], str)
-                else conversations[row][0][-1]["content"]
-            )
-            question = asked.strip().rpartition("\n\n")[2]
-            start = text.rfind(asked.strip(), 0, place)
-            middle, stop = text.rfind(question, 0, place), text.rfind(question, 0, place) + len(question)
-            marks = ((start, middle), (middle, stop), (place, last))
-            spans = [
-                next((span for span, (low, high) in enumerate(marks) if low <= (a + b) / 2 < high), -1)
-                for a, b in offsets
-            ]
+            asked = turns if isinstance(turns, str) else turns[-1]["content"]
+            spans = _spans(text, asked.strip(), (place, last), offsets)
             found.append(Exchange(before, ids[len(before) : end], ids[end:], spans))
         return found
 
@@ -155,6 +142,20 @@ class ChatFormat:
                 raise TemplateError(f"it gives {answer!r} no token of its own.")
             if exchange.prompt[:2] == [self.tokenizer.bos_token_id] * 2:
                 raise TemplateError(f"it begins with {self.tokenizer.bos_token!r} twice.")
+
+
+def _spans(text: str, asked: str, answer: tuple[int, int], offsets: list[tuple[int, int]]) -> list[int]:
+    """The place in `SPANS` of each token of a conversation, or -1; a token is where the middle of its characters is.
+
+    `asked` is the user's last turn, `answer` and `offsets` are the characters from and to of the answer and of each token.
+    """
+    question = asked.rpartition("\n\n")[2]
+    start, middle = (text.rfind(part, 0, answer[0]) for part in (asked, question))
+    marks = ((start, middle), (middle, middle + len(question)), answer)
+    return [
+        next((span for span, (low, high) in enumerate(marks) if low <= (first + last) / 2 < high), -1)
+        for first, last in offsets
+    ]
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> ChatFormat:

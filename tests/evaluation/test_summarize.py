@@ -2,11 +2,13 @@
 """The last screen of a run, and its page."""
 
 import re
+import shutil
 
 import pytest
 
 from conftest import call
 from finteam_experts.errors import InputError
+from finteam_experts.files import read_json, write_json
 
 
 def test_everything_is_on_one_screen_and_one_page(copied_run, capsys):
@@ -30,6 +32,15 @@ def test_everything_is_on_one_screen_and_one_page(copied_run, capsys):
     assert "Three questions to the team" in page
 
 
-def test_what_is_missing_is_named(new_run):
+def test_what_is_missing_is_named(copied_run):
+    report = copied_run / "reports/evaluation.json"
+    content = read_json(report)
+    write_json(report, content | {"inputs": {"models": {"base": content["inputs"]["models"]["base"]}}})
+    with pytest.raises(InputError, match="evaluation.json is not of the moe-instruct that is there now"):
+        call("scripts/summarize.py", "--run_dir", copied_run)
+    report.unlink()
     with pytest.raises(InputError, match="evaluation.json does not exist. Make it: python scripts/evaluate.py"):
-        call("scripts/summarize.py", "--run_dir", new_run)
+        call("scripts/summarize.py", "--run_dir", copied_run)
+    shutil.rmtree(copied_run / "moe-instruct")
+    with pytest.raises(InputError, match="moe-instruct does not exist. Run this step first"):
+        call("scripts/summarize.py", "--run_dir", copied_run)
