@@ -6,6 +6,7 @@ import re
 
 import pytest
 import yaml
+from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from conftest import REPOSITORY, TASKS, call, load_script
@@ -98,6 +99,19 @@ def test_the_shipped_tables_read(name, tasks):
     sources = read_sources(REPOSITORY / "scripts" / name)
     assert len(sources.tasks) == tasks
     assert set(sources.roles) == {"macro", "micro", "quant"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_of_other_kinds_are_read_alike(hub, kind):
+    fetch(hub, "--tasks", "fpb", "--roles", "--chats")
+    (hub / "data").rename(hub / "expected")
+    for file in (hub / "hub/fpb").glob("*.jsonl"):
+        rows = Dataset.from_json(str(file), cache_dir=str(hub / "cache")).remove_columns("choices")
+        getattr(rows, f"to_{kind}")(file.with_suffix(f".{kind}"))
+        file.unlink()
+    fetch(hub, "--tasks", "fpb", "--roles", "--chats")
+    for split in ("train", "valid", "test"):
+        assert task_file(hub / "data", "fpb", split).read_text() == task_file(hub / "expected", "fpb", split).read_text()
 
 
 def test_fetched_folder_is_a_data_directory(hub, capsys):

@@ -54,6 +54,8 @@ def read_task_file(path: Path) -> Task:
     for label in labels:
         wanted = 'a label is text: YAML reads No and Yes as something else. Put it in quotes, as ["No", "Yes"].'
         check(isinstance(label, str) and label.strip() != "", "a label of doc_to_choice", label, wanted)
+        wanted = "it must not begin or end with a space, which no answer shows."
+        check(label == label.strip(), "a label of doc_to_choice", label, wanted)
     wanted = "it must not have a label twice."
     check(len({label.lower() for label in labels}) == len(labels), "doc_to_choice", labels, wanted)
     about = {"title": name, "role": None, "main_score": "macro_f1", "max_text_tokens": MAX_TEXT_TOKENS, **about}
