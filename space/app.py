@@ -19,7 +19,7 @@ import gradio as gr
 import panels
 from examples import PASSAGES, QUESTIONS
 from gpu import on_gpu  # before what imports torch
-from team import MAX_NEW_TOKENS, Answer, ModelError, Team
+from team import MAX_NEW_TOKENS, Answer, ModelError, Team, Turns
 
 MODEL_ID = os.environ.get("MODEL_ID", "outputs/quickstart/moe-instruct")
 MAX_CHARACTERS = 4000
@@ -39,7 +39,6 @@ try:
 except ModelError as error:
     sys.exit(f"error: {error}")
 names = [member["title"] for member in team.members]
-Turns = list[dict[str, str]]
 
 
 class Reply(TypedDict):
@@ -58,9 +57,10 @@ class Reply(TypedDict):
     notice: str
 
 
-def checked(text: str, what: str) -> str:
-    """The text, stripped; a `gr.Error` if it is empty or too long, from the page or over the API."""
-    text = text.strip()
+def checked(text: object, what: str) -> str:
+    """The text, stripped; a `gr.Error` if it is empty, too long or, over the API, no text."""
+    # half a character, which no tokenizer takes, becomes a question mark
+    text = text.encode(errors="replace").decode().strip() if isinstance(text, str) else ""
     if not text:
         raise gr.Error(f"Please type {what}.", print_exception=False)
     if len(text) > MAX_CHARACTERS:
@@ -85,7 +85,7 @@ def place_of(analyst: str) -> int | None:
     if analyst == ALL:
         return None
     if analyst not in names:
-        raise gr.Error(f"No analyst is called '{analyst[:40]}': {ALL}, {', '.join(names)}.", print_exception=False)
+        raise gr.Error(f"No analyst is called '{analyst!s:.40}': {ALL}, {', '.join(names)}.", print_exception=False)
     return names.index(analyst)
 
 
@@ -151,8 +151,8 @@ def ask_for_data(question: str, analyst: str = ALL) -> Reply:
 @on_gpu
 def classify(task: str, text: str) -> dict[str, float]:
     """The probability of each label of a task for a passage, as JSON."""
-    if task not in team.tasks:
-        raise gr.Error(f"No task is called '{task[:40]}': {', '.join(team.tasks)}.", print_exception=False)
+    if task not in list(team.tasks):
+        raise gr.Error(f"No task is called '{task!s:.40}': {', '.join(team.tasks)}.", print_exception=False)
     return team.classify(task, checked(text, "a passage"))
 
 

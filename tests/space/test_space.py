@@ -2,6 +2,7 @@
 """The demo, started as a user starts it: over its API, and what it does with bad input."""
 
 import importlib
+import json
 import re
 import threading
 import urllib.error
@@ -103,6 +104,9 @@ def test_numbers_that_are_not_in_the_question_are_named(client):
     ("name", "arguments", "message"),
     [
         ("/ask", ["  "], "type a question"),
+        ("/ask", [17], "type a question"),
+        ("/ask", ["Why?", {"a": 1}], "No analyst is called '{'a': 1}'"),
+        ("/classify", [["fpb"], "Roses are red."], "No task is called '['fpb']'"),
         ("/ask", ["x" * 100_000], "below 4000 characters; this one has 100000"),
         ("/ask", ["🏦" * 4000], "tokens, and the model reads"),
         ("/ask", ["Why?", "The intern"], "No analyst is called 'The intern'"),
@@ -126,6 +130,14 @@ def test_bad_input_is_refused_in_words(client, name, arguments, message):
 )
 def test_unusual_questions_are_answered(client, question):
     assert isinstance(client.predict(question, api_name="/ask")["answer"], str)
+
+
+def test_half_a_character_is_a_question_mark(space_address):
+    """JSON can hold one, which no tokenizer takes; gradio's own client would not send it."""
+    address, headers = f"{space_address}/gradio_api/call/ask", {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, b'{"data": ["\\ud800 Why?", "The team"]}', headers)
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    assert '"question": "? Why?"' in urllib.request.urlopen(f"{address}/{event}").read().decode()
 
 
 @pytest.mark.slow
