@@ -95,7 +95,10 @@ def test_columns_of_a_streamed_corpus(new_run, tmp_path, values, message):
         ),
         (("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [up, Up]"), "a label twice"),
         (("doc_to_choice: [negative, neutral, positive]", "doc_to_choice: [up]"), "two or more labels"),
-        (("doc_to_choice: [negative, neutral, positive]", 'doc_to_choice: [up, " down"]'), "' down'; it must not begin"),
+        (
+            ("doc_to_choice: [negative, neutral, positive]", 'doc_to_choice: [up, " down"]'),
+            "' down'; it must not begin",
+        ),
         (("  role: micro\n", "  role: 1\n"), "metadata.role is 1"),
         (("main_score: macro_f1", "main_score: f1"), "metadata.main_score is 'f1'; it is one of"),
         (("max_text_tokens: 256", "max_text_tokens: many"), "metadata.max_text_tokens is 'many'"),

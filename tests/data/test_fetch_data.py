@@ -111,7 +111,9 @@ def test_tables_of_other_kinds_are_read_alike(hub, kind):
         file.unlink()
     fetch(hub, "--tasks", "fpb", "--roles", "--chats")
     for split in ("train", "valid", "test"):
-        assert task_file(hub / "data", "fpb", split).read_text() == task_file(hub / "expected", "fpb", split).read_text()
+        assert (
+            task_file(hub / "data", "fpb", split).read_text() == task_file(hub / "expected", "fpb", split).read_text()
+        )
 
 
 def test_fetched_folder_is_a_data_directory(hub, capsys):
