@@ -4,7 +4,8 @@
     python experiments/parts/report.py --config experiments/parts/parts.yaml --data_dir DIR
 
 Writes a table and a plot, under the name of the YAML. The data directory's test rows are read for the intervals, which are 95 %
-and paired: over rows, and over orders and seeds where there are several.
+and paired: over rows, and over orders and seeds where there are several. A way that was not made in all runs (orders and seeds) is
+compared with the team in its own.
 """
 
 import argparse
@@ -92,40 +93,46 @@ def main() -> None:
     args = parser.parse_args()
     parts = Parts.model_validate(read_yaml(args.config))
     folder = args.config.parent / parts.results
-    runs, orders = [], []
+    runs: list[tuple[Results, list[list[str]]]] = []  # with the tasks of each field in the order of arrival
     for name, order in parts.orders.items():
         for seed in parts.seeds:
-            if found := read_results(folder / f"{name}-seed{seed}", order, parts.fields):
-                runs.append(found)
-                orders.append(order)
+            found = read_results(folder / f"{name}-seed{seed}", order, parts.fields)
+            if ("team", len(order)) in found:
+                runs.append((found, [parts.fields[field] for field in order]))
     if not runs:
-        raise InputError(f"{folder} has no results. Run experiments/parts/run.py first.")
-    tasks = {name: task for name, task in tasks_of(args.data_dir).items() if name in runs[0]["base", 0]["scores"]}
+        raise InputError(f"{folder} has no results of the whole team. Run experiments/parts/run.py first.")
+    scores = runs[0][0]["base", 0]["scores"]
+    tasks = {name: task for name, task in tasks_of(args.data_dir).items() if name in scores}
     rows = {name: rows_to_score(args.data_dir, task, "test", parts.limit) for name, task in tasks.items()}
-    last, every = len(orders[0]), [[parts.fields[field] for field in order] for order in orders]
-    ways = [way for way in (*TITLES, *(f"replay-{share:g}" for share in parts.replay)) if way != "replay"]
-    ways = [way for way in ways if all((way, 0 if way == "base" else last) in own for own in runs)]
-    ours = predictions(runs, "team", last)
+    last = len(parts.fields)
 
+    def runs_of(way: str, arrivals: int) -> list[tuple[Results, list[list[str]]]]:
+        return [one for one in runs if (way, arrivals) in one[0]]
+
+    def scored(way: str, arrivals: int) -> float:
+        return mean(average(own[way, arrivals], fields[: arrivals or last]) for own, fields in runs_of(way, arrivals))
+
+    known = [way for way in (*TITLES, *(f"replay-{share:g}" for share in parts.replay)) if way != "replay"]
+    places = {way: 0 if way == "base" else last for way in known}
+    ways = sorted((way for way in known if runs_of(way, places[way])), key=lambda way: -scored(way, places[way]))
     lines = [
-        "| way | average after the last arrival | team minus it, 95 % interval | first field, last minus own arrival | rows, tokens trained on at the last arrival | parameters, for a token |",
-        "|---|---|---|---|---|---|",
+        "| way | runs | average after the last arrival | the team's in these runs | team minus it, 95 % interval | first field, last minus own arrival | rows, tokens trained on at the last arrival | parameters, for a token |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    scored = {}
     for way in ways:
-        place = 0 if way == "base" else last
-        scored[way] = mean(average(own[way, place], fields) for own, fields in zip(runs, every, strict=True))
-    for way in sorted(ways, key=lambda way: -scored[way]):
-        place = 0 if way == "base" else last
-        gap = "-"
+        there, place = runs_of(way, places[way]), places[way]
+        found = [own for own, _ in there]
+        team, gap = mean(average(own["team", last], fields) for own, fields in there), "-"
         if way != "team":
-            found = difference_on_rows(tasks, rows, ours, predictions(runs, way, place), shared_seeds=True)["average"]
-            gap = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+            ours, theirs = predictions(found, "team", last), predictions(found, way, place)
+            part = difference_on_rows(tasks, rows, ours, theirs, shared_seeds=True)["average"]
+            gap = f"{part['difference']:+.3f} [{part['low']:+.3f}, {part['high']:+.3f}]"
         kept = "-"
-        if all((way, 1) in own for own in runs):
-            kept = f"{mean(average(own[way, last], f[:1]) - average(own[way, 1], f[:1]) for own, f in zip(runs, every, strict=True)):+.3f}"
+        if all((way, 1) in own for own in found):
+            kept = f"{mean(average(own[way, last], f[:1]) - average(own[way, 1], f[:1]) for own, f in there):+.3f}"
+        cost = costs([own[way, place] for own in found])
         lines.append(
-            f"| {title(way)} | {scored[way]:.3f} | {gap} | {kept} | {costs([own[way, place] for own in runs])} |"
+            f"| {title(way)} | {len(there)} | {scored(way, place):.3f} | {team:.3f} | {gap} | {kept} | {cost} |"
         )
 
     lines += ["", "| field, its tasks after every arrival | " + " | ".join(f"{n}" for n in range(1, last + 1)) + " |"]
@@ -134,26 +141,27 @@ def main() -> None:
         for field in parts.fields:
             cells = []
             for n in range(1, last + 1):
-                there = [own[way, n] for own in runs if (way, n) in own]
+                there = [own[way, n] for own, _ in runs_of(way, n)]
                 there = [part for part in there if set(parts.fields[field]) <= set(part["scores"])]
                 cells.append(f"{mean(average(part, [parts.fields[field]]) for part in there):.3f}" if there else "-")
             lines.append(f"| {field}, {title(way)} | {' | '.join(cells)} |")
 
-    shown = [way for way in ("base", *LINES, "oracle") if way in ways]
+    shown = [way for way in ("base", *LINES, "oracle") if len(runs_of(way, places[way])) == len(runs)]
     lines += ["", "| task after the last arrival | " + " | ".join(title(way) for way in shown) + " |"]
     lines += ["|---" * (len(shown) + 1) + "|"]
     for name, task in tasks.items():
-        parts_of = [[own[way, 0 if way == "base" else last] for own in runs] for way in shown]
+        parts_of = [[own[way, places[way]] for own, _ in runs] for way in shown]
         cells = [f"{mean(part['scores'][name] for part in own):.3f}" for own in parts_of]
         lines.append(f"| {task.title} | {' | '.join(cells)} |")
 
-    without = [field for field in parts.fields if all((f"without-{field}", last) in own for own in runs)]
-    if without:
+    removals = [f"without-{field}" for field in parts.fields]
+    there = [own for own, _ in runs if all((way, last) in own for way in removals)]
+    if there:
         lines += ["", "| removed | " + " | ".join(parts.fields) + " |", "|---" * (len(parts.fields) + 1) + "|"]
-        for way in ("team", *(f"without-{field}" for field in without), "base"):
+        for way in ("team", *removals, "base"):
             place = 0 if way == "base" else last
             cells = [
-                f"{mean(average(own[way, place], [names]) for own in runs):.3f}" for names in parts.fields.values()
+                f"{mean(average(own[way, place], [names]) for own in there):.3f}" for names in parts.fields.values()
             ]
             name = {"team": "nobody", "base": "(the base)"}.get(way, way.removeprefix("without-"))
             lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -162,16 +170,15 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for way in (*LINES, *(f"replay-{share:g}" for share in parts.replay)):
-        places = [n for n in range(1, last + 1) if all((way, n) in own for own in runs)]
-        if last not in places:
+        if not (there := len(runs_of(way, last))):
             continue
-        heights = [
-            mean(average(own[way, n], fields[:n]) for own, fields in zip(runs, every, strict=True)) for n in places
-        ]
-        axes.plot(places, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=title(way).strip("*"))
+        at = [n for n in range(1, last + 1) if n == 1 or len(runs_of(way, n)) == there]
+        label = title(way).strip("*") + (f" ({there} of {len(runs)} runs)" if there < len(runs) else "")
+        heights = [scored(way, n) for n in at]
+        axes.plot(at, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=label)
     for way in ("arrow", "dare_ties", "hidden-gates"):
         if way in ways:
-            axes.plot([last], [scored[way]], "x", label=title(way))
+            axes.plot([last], [scored(way, last)], "x", label=title(way))
     axes.set(xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=range(1, last + 1))
     axes.legend(fontsize="small")
     figure.savefig(args.config.with_suffix(".png"), dpi=150)
