@@ -58,7 +58,9 @@ MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 @dataclass
 class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
-    role: str | None = field(default=None, metadata={"help": "A role of the merge, or shared: all of them."})
+    role: str | None = field(
+        default=None, metadata={"help": "A role of the merge, one whose corpora the data has, or shared: all."}
+    )
     corpus: str | None = field(
         default=None,
         metadata={
@@ -110,7 +112,8 @@ class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
     def roles(self) -> list[str]:
         """The roles whose corpora are trained on."""
         merge = Path(self.merge_config)
-        return trained_roles(read_merge_config(merge)) if self.role == SHARED else [check_role(self.role, merge)]
+        shared = self.role == SHARED
+        return trained_roles(read_merge_config(merge)) if shared else [check_role(self.role, merge, self.data)]
 
 
 def role_text(

@@ -36,12 +36,7 @@ def four(done_run, tmp_path_factory):
     """A copy of the toy run, in which a credit analyst was trained by itself and has joined."""
     run = tmp_path_factory.mktemp("four") / "run"
     shutil.copytree(done_run, run, symlinks=True)
-    merge = run / "four.yaml"
-    shutil.copyfile("moe_merge.yaml", merge)
-    merge.write_text(
-        merge.read_text() + '  - source_model: experts/credit\n    positive_prompts: ["A borrower repays."]\n'
-    )
-    train_expert(run, "credit", "--merge_config", merge)
+    train_expert(run, "credit")  # moe_merge.yaml does not list it
     call(
         "scripts/router_sums.py",
         "--run_dir",

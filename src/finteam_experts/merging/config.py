@@ -13,6 +13,7 @@ from mergekit.moe.config import Expert, MoEMergeConfig
 from pydantic import ValidationError
 
 from finteam_experts.data.conversations import GENERAL
+from finteam_experts.data.files import corpus_file
 from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.files import read_yaml
 
@@ -80,11 +81,17 @@ def check_name(role: str, where: str) -> None:
         raise InputError(f"{where}: no analyst can be called '{role}'. {wanted}")
 
 
-def check_role(role: str | None, path: Path) -> str:
-    """Return `role` if the merge at `path` lists it as one to train; an `InputError` names those."""
+def check_role(role: str | None, path: Path, data_dir: Path) -> str:
+    """Return `role` if its expert can be trained; an `InputError` names those that the merge at `path` lists.
+
+    It is one of these, or an analyst who will join a finished team, whose corpora are in `data_dir`.
+    """
     known = trained_roles(read_merge_config(path))
-    if role not in known:
-        raise InputError(f"unknown role '{role}': {path} lists {', '.join(known)}.{nearest(role or '', known)}")
+    joins = role not in (None, BASE) and corpus_file(data_dir, role, heldout=True).is_file()
+    if role not in known and not joins:
+        where = f"{path} lists {', '.join(known)}, and {data_dir} has no corpora of another role to train"
+        raise InputError(f"unknown role '{role}': {where}.{nearest(role or '', known)}")
+    check_name(role, "--role")
     return role
 
 
