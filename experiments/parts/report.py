@@ -135,6 +135,20 @@ def main() -> None:
             f"| {title(way)} | {len(there)} | {scored(way, place):.3f} | {team:.3f} | {gap} | {kept} | {cost} |"
         )
 
+    lines += [
+        "",
+        "| all tasks after every arrival, mean and lowest run | runs | "
+        + " | ".join(f"{n}" for n in range(2, last + 1))
+        + " |",
+    ]
+    lines += ["|---" * (last + 1) + "|"]
+    for way in (way for way in ways if runs_of(way, 2)):
+        there = [
+            [average(own[way, n], fields[:n]) for own, fields in runs if (way, n) in own] for n in range(2, last + 1)
+        ]
+        cells = [f"{mean(part):.3f}, {min(part):.3f}" for part in there]
+        lines.append(f"| {title(way)} | {len(there[-1])} | {' | '.join(cells)} |")
+
     lines += ["", "| field, its tasks after every arrival | " + " | ".join(f"{n}" for n in range(1, last + 1)) + " |"]
     lines += ["|---" * (last + 1) + "|"]
     for way in ("team", "in-turn"):
