@@ -43,13 +43,7 @@ from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, as_chats, check_ba
 from finteam_experts.training.arguments import BaseModelConfig, RunArguments, TaskRowArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
 from finteam_experts.training.rows import (
-    Example,
-    check_length,
-    conversation_examples,
-    in_shares,
-    rows_of_run,
-    task_examples,
-    text_examples,
+    Example, check_length, conversation_examples, in_shares, rows_of_run, task_examples, text_examples,
 )  # fmt: skip
 
 PARTS = ("corpus", "chats", "general", "tasks")
