@@ -38,12 +38,18 @@ from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.heldout import heldout_loss, perplexity
 from finteam_experts.files import file_hash
 from finteam_experts.fingerprints import PLAIN_TEXT_PARTS, fingerprint
-from finteam_experts.merging.config import SHARED, check_role, read_merge_config, trained_roles
+from finteam_experts.merging.config import SHARED, roles_to_train
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, as_chats, check_base, load_tokenizer, local_folder
 from finteam_experts.training.arguments import BaseModelConfig, RunArguments, TaskRowArguments, parse, settings
 from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
 from finteam_experts.training.rows import (
-    Example, check_length, conversation_examples, in_shares, rows_of_run, task_examples, text_examples,
+    Example,
+    check_length,
+    conversation_examples,
+    in_shares,
+    rows_of_run,
+    task_examples,
+    text_examples,
 )  # fmt: skip
 
 PARTS = ("corpus", "chats", "general", "tasks")
@@ -105,9 +111,7 @@ class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
 
     def roles(self) -> list[str]:
         """The roles whose corpora are trained on."""
-        merge = Path(self.merge_config)
-        shared = self.role == SHARED
-        return trained_roles(read_merge_config(merge)) if shared else [check_role(self.role, merge, self.data)]
+        return roles_to_train(self.role, Path(self.merge_config), self.data)
 
 
 def role_text(

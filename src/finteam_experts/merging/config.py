@@ -81,18 +81,20 @@ def check_name(role: str, where: str) -> None:
         raise InputError(f"{where}: no analyst can be called '{role}'. {wanted}")
 
 
-def check_role(role: str | None, path: Path, data_dir: Path) -> str:
-    """Return `role` if its expert can be trained; an `InputError` names those that the merge at `path` lists.
+def roles_to_train(role: str | None, path: Path, data_dir: Path) -> list[str]:
+    """The role if its expert can be trained, or of `shared` all roles that the merge at `path` trains; else an `InputError`.
 
     It is one of these, or an analyst who will join a finished team, whose corpora are in `data_dir`.
     """
     known = trained_roles(read_merge_config(path))
+    if role == SHARED:
+        return known
     joins = role not in (None, BASE) and corpus_file(data_dir, role, heldout=True).is_file()
     if role not in known and not joins:
         where = f"{path} lists {', '.join(known)}, and {data_dir} has no corpora of another role to train"
         raise InputError(f"unknown role '{role}': {where}.{nearest(role or '', known)}")
     check_name(role, "--role")
-    return role
+    return [role]
 
 
 def in_run(config: MoEMergeConfig, base: Path, run_dir: Path) -> MoEMergeConfig:
