@@ -75,6 +75,15 @@ def note_uneven(rows: dict[str, int]) -> None:
         )
 
 
+def note_special_tokens(where: str, texts: list[str], form: ChatFormat) -> None:
+    """Say so if texts hold a special token of the base, as exported chats do: it would end a turn, not be read as text."""
+    for token in form.tokenizer.all_special_tokens:
+        if count := sum(token in text for text in texts):
+            print(
+                f"Note: {count:,} texts of {where} hold {token}, which this base takes for a special token: remove it"
+            )
+
+
 def _labels(rows: list[dict[str, str]]) -> list[str]:
     return [row["label"] for row in rows]
 
@@ -122,6 +131,13 @@ def main() -> None:
     leaks.check_tasks(data, tasks)
     leaks.check_chats(data, talkers)
 
+    for role in names:
+        note_special_tokens(f"corpora/{role}.jsonl", read_corpus(data, role), form)
+    for name, task in tasks.items():
+        note_special_tokens(f"tasks/{name}_train.jsonl", [row["text"] for row in read_task(data, task, "train")], form)
+    for role in talkers:
+        said = [turn["content"] for turns, answer in read_chats(data, role) for turn in (*turns, {"content": answer})]
+        note_special_tokens(f"chats/{role}.jsonl", said, form)
     for role in names:
         if role not in talkers and role not in {task.role for task in tasks.values()}:
             print(f"Note: {role} has no task and no conversation: its expert learns from plain text alone")

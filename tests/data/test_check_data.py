@@ -7,6 +7,7 @@ from conftest import call
 from finteam_experts.data.conversations import chat_file
 from finteam_experts.data.files import write_rows
 from finteam_experts.errors import InputError
+from finteam_experts.models import load_tokenizer
 
 
 def check(run_dir, *arguments):
@@ -37,6 +38,21 @@ def test_a_task_that_drowns_the_others_is_noted(new_run, capsys):
     check(new_run)
     assert f"Note: headlines has {21 * len(rows):,} train rows" in (printed := capsys.readouterr().out)
     assert "--rows_per_task" in printed
+
+
+def test_special_tokens_in_texts_are_noted(new_run, capsys):
+    token = load_tokenizer(new_run / "base").eos_token
+    check(new_run)
+    assert "special token" not in capsys.readouterr().out
+    for file in ("tasks/fpb_train.jsonl", "corpora/macro.jsonl"):
+        path = new_run / "data" / file
+        path.write_text(path.read_text().replace('"text": "', '"text": "' + token, 2))
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"Costs.{token}"}]
+    write_rows(chat_file(new_run / "data", "macro"), [{"messages": turns}])
+    check(new_run)
+    printed = capsys.readouterr().out
+    for count, file in ((2, "tasks/fpb_train.jsonl"), (2, "corpora/macro.jsonl"), (1, "chats/macro.jsonl")):
+        assert f"Note: {count} texts of {file} hold {token}, which this base takes for a special token" in printed
 
 
 def test_problems_end_it(new_run):
