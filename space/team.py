@@ -98,7 +98,12 @@ class Team:
 
     def __init__(self, model_id: str) -> None:
         card_file = _card_file(model_id)
-        card = json.loads(card_file.read_text(encoding="utf-8"))
+        try:
+            card = json.loads(card_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(
+                f"MODEL_ID {model_id}: its finteam.json can't be read ({error}). Fetch it again."
+            ) from None
         missing = [key for key in ("team", "system_prompt") if key not in card]
         if missing:
             raise ModelError(

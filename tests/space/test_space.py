@@ -168,6 +168,23 @@ def team_here(done_run, monkeypatch):
     return importlib.import_module("team").Team(str(done_run / "moe-instruct"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no finteam.json, so it is no model of FinTeamExperts"),
+        ('{"team": [', "its finteam.json can't be read"),
+        ('{"system_prompt": ""}', "its finteam.json has no team, so it is no team"),
+    ],
+)
+def test_a_model_that_is_no_team_is_refused_in_words(monkeypatch, tmp_path, content, message):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "space"))
+    team = importlib.import_module("team")
+    if content:
+        (tmp_path / "finteam.json").write_text(content)
+    with pytest.raises(team.ModelError, match=message):
+        team.Team(str(tmp_path))
+
+
 def test_a_visitor_who_leaves_stops_the_model_and_frees_its_gates(team_here, monkeypatch):
     """The next visitor's answer is the team's own, not one forced through the analyst that the first one asked."""
     question = "Why do prices rise?"
