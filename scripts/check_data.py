@@ -9,6 +9,7 @@ can't be used. The exit code is then not 0.
 """
 
 import argparse
+import re
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -39,6 +40,7 @@ def corpus_table(data: Path, names: list[str], form: ChatFormat) -> Table:
     for role in names:
         passages, heldout = read_corpus(data, role), read_corpus(data, role, heldout=True)
         check_passages(data, role, passages)
+        note_special_tokens(f"corpora/{role}.jsonl", passages, form)
         lengths = list(map(len, form.tokenizer(passages)["input_ids"]))
         table.add_row(role, f"{len(passages):,}", f"{sum(lengths):,}", f"{max(lengths):,}", f"{len(heldout):,}")
     return table
@@ -52,6 +54,7 @@ def task_table(data: Path, tasks: Tasks, form: ChatFormat) -> Table:
     table.add_column("labels of train")
     for name, task in tasks.items():
         rows = {split: read_task(data, task, split) for split in ("train", "valid", "test")}
+        note_special_tokens(f"tasks/{name}_train.jsonl", [row["text"] for row in rows["train"]], form)
         own = "" if task_file(data, name, "valid").is_file() else " of train"
         exchanges = form.exchanges(
             list(zip(render_all(task, rows["train"], form.tokenizer), _labels(rows["train"]), strict=True))
@@ -76,12 +79,11 @@ def note_uneven(rows: dict[str, int]) -> None:
 
 
 def note_special_tokens(where: str, texts: list[str], form: ChatFormat) -> None:
-    """Say so if texts hold a special token of the base, as exported chats do: it would end a turn, not be read as text."""
-    for token in form.tokenizer.all_special_tokens:
-        if count := sum(token in text for text in texts):
-            print(
-                f"Note: {count:,} texts of {where} hold {token}, which this base takes for a special token: remove it"
-            )
+    """Say so if texts hold special tokens of the base, as exported chats do: one would end a turn, not be read as text."""
+    special = [str(token) for token in form.tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    for token, count in Counter(token for text in texts for token in set(pattern.findall(text))).most_common():
+        print(f"Note: {count:,} texts of {where} hold {token}, which this base takes for a special token: remove it")
 
 
 def _labels(rows: list[dict[str, str]]) -> list[str]:
@@ -96,6 +98,8 @@ def chat_table(data: Path, form: ChatFormat) -> Table:
     heldout = chat_roles(data, heldout=True)
     for role in chat_roles(data):
         conversations = read_chats(data, role)
+        said = [turn["content"] for own, answer in conversations for turn in (*own, {"content": answer})]
+        note_special_tokens(f"chats/{role}.jsonl", said, form)
         exchanges = form.exchanges(conversations)
         turns, lengths = sum(len(own) + 1 for own, _ in conversations), [len(exchange.ids) for exchange in exchanges]
         answers = sum(len(exchange.answer) for exchange in exchanges)
@@ -131,13 +135,6 @@ def main() -> None:
     leaks.check_tasks(data, tasks)
     leaks.check_chats(data, talkers)
 
-    for role in names:
-        note_special_tokens(f"corpora/{role}.jsonl", read_corpus(data, role), form)
-    for name, task in tasks.items():
-        note_special_tokens(f"tasks/{name}_train.jsonl", [row["text"] for row in read_task(data, task, "train")], form)
-    for role in talkers:
-        said = [turn["content"] for turns, answer in read_chats(data, role) for turn in (*turns, {"content": answer})]
-        note_special_tokens(f"chats/{role}.jsonl", said, form)
     for role in names:
         if role not in talkers and role not in {task.role for task in tasks.values()}:
             print(f"Note: {role} has no task and no conversation: its expert learns from plain text alone")

@@ -25,8 +25,8 @@ from finteam_experts.models import read_config
 from finteam_experts.training.arguments import BaseModelConfig, parse, settings
 from finteam_experts.training.rows import check_length, rows_of_run
 
-VALUES = (None, 0, -1, 2.5, True, "", "x", [], ["a"], [1], [None], {}, {"a": 1}, [{}], math.nan, math.inf, 10**30)
-FOR_RECIPES = (None, -1, 2.5, "", "x", ["a"], {"a": 1}, math.inf, 10**30)  # each costs a parser
+VALUES = (None, 0, -1, 2.5, True, "", "x", [], ["a"], [1], [None], {}, {"a": 1}, [{}], math.nan, math.inf, 10**400)
+FOR_RECIPES = (None, -1, 2.5, "", "x", ["a"], {"a": 1}, math.inf, 10**400)  # each costs a parser
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Costs rose."}]
 
 
@@ -127,6 +127,12 @@ def test_a_row_of_a_dataset(row):
         if isinstance(variant, dict)
     ]
     assert any(found)
+
+
+def test_half_characters_in_yaml(tmp_path):
+    (file := tmp_path / "fpb.yaml").write_text((FOLDER / "fpb.yaml").read_text() + 'other: {text: ["a \\ud83d"]}\n')
+    with pytest.raises(InputError, match="fpb.yaml: other holds half a character"):
+        read_task_file(file)
 
 
 @pytest.mark.parametrize("half", ["\ud800", "\udc80 percent"])

@@ -9,6 +9,7 @@ compared with the team in its own.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from finteam_experts.data.files import rows_to_score, tasks_of
+from finteam_experts.data.files import Row, rows_to_score, tasks_of
+from finteam_experts.data.tasks import Tasks
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.metrics import difference_on_rows
 from finteam_experts.files import read_json, read_yaml
@@ -61,15 +63,58 @@ def read_results(folder: Path, order: list[str], fields: dict[str, list[str]]) -
     return found
 
 
+@dataclass(frozen=True)
+class Run:
+    """The results of one order with one seed, and the tasks of each field in the order of arrival."""
+
+    found: Results
+    fields: list[list[str]]
+
+    def average(self, way: str, arrivals: int, fields: list[list[str]] | None = None) -> float:
+        """The mean main score of the tasks of some fields, or of all that have arrived."""
+        scores = self.found[way, arrivals]["scores"]
+        return mean(scores[task] for field in fields or self.fields[: arrivals or None] for task in field)
+
+
+class Runs:
+    """All runs whose team is whole. A way that was not made in all of them is that of the others."""
+
+    def __init__(self, parts: Parts, folder: Path) -> None:
+        self.fields, self.last, self.all = parts.fields, len(parts.fields), list[Run]()
+        for name, order in parts.orders.items():
+            for seed in parts.seeds:
+                found = read_results(folder / f"{name}-seed{seed}", order, parts.fields)
+                if ("team", self.last) in found:
+                    self.all.append(Run(found, [parts.fields[field] for field in order]))
+        if not self.all:
+            raise InputError(f"{folder} has no results of the whole team. Run experiments/parts/run.py first.")
+        self.replays = [f"replay-{share:g}" for share in parts.replay]
+        known = [way for way in (*TITLES, *self.replays) if way != "replay"]
+        self.ways = sorted((way for way in known if self.of(way)), key=lambda way: -self.average(way))
+
+    def place(self, way: str) -> int:
+        """The arrivals after which a way is compared."""
+        return 0 if way == "base" else self.last
+
+    def of(self, way: str, arrivals: int | None = None) -> list[Run]:
+        """The runs in which the way was made."""
+        place = self.place(way) if arrivals is None else arrivals
+        return [run for run in self.all if (way, place) in run.found]
+
+    def average(self, way: str, arrivals: int | None = None) -> float:
+        place = self.place(way) if arrivals is None else arrivals
+        return mean(run.average(way, place) for run in self.of(way, place))
+
+    def predictions(self, way: str, runs: list[Run]) -> dict[str, np.ndarray]:
+        """By task, [runs, rows]."""
+        parts = [run.found[way, self.place(way)]["predictions"] for run in runs]
+        return {task: np.array([[int(digit) for digit in part[task]] for part in parts]) for task in parts[0]}
+
+
 def title(way: str) -> str:
     if way.startswith("replay-"):
         return TITLES["replay"].format(share=float(way.removeprefix("replay-")))
     return TITLES[way]
-
-
-def average(part: dict[str, Any], fields: list[list[str]]) -> float:
-    """The mean main score of the tasks of these fields."""
-    return mean(part["scores"][task] for field in fields for task in field)
 
 
 def costs(parts: list[dict[str, Any]]) -> str:
@@ -80,10 +125,99 @@ def costs(parts: list[dict[str, Any]]) -> str:
     return f"{rows:,.0f}, {tokens:,.0f} | {sizes['total'] / 1e6:.0f}M, {sizes['active'] / 1e6:.0f}M"
 
 
-def predictions(runs: list[Results], way: str, arrivals: int) -> dict[str, np.ndarray]:
-    """By task, [runs, rows]."""
-    parts = [own[way, arrivals]["predictions"] for own in runs]
-    return {task: np.array([[int(digit) for digit in part[task]] for part in parts]) for task in parts[0]}
+def table(*head: object) -> list[str]:
+    """The first two lines of a table, after a blank one."""
+    return ["", f"| {' | '.join(map(str, head))} |", "|---" * len(head) + "|"]
+
+
+def way_table(runs: Runs, tasks: Tasks, rows: dict[str, list[Row]]) -> list[str]:
+    """Every way beside the team."""
+    lines = table(
+        "way", "runs", "average after the last arrival", "the team's in these runs", "team minus it, 95 % interval",
+        "first field, last minus own arrival", "rows, tokens trained on at the last arrival", "parameters, for a token",
+    )  # fmt: skip
+    for way in runs.ways:
+        there, last, gap, kept = runs.of(way), runs.last, "-", "-"
+        team = mean(run.average("team", last) for run in there)
+        if way != "team":
+            ours, theirs = runs.predictions("team", there), runs.predictions(way, there)
+            part = difference_on_rows(tasks, rows, ours, theirs, shared_seeds=True)["average"]
+            gap = f"{part['difference']:+.3f} [{part['low']:+.3f}, {part['high']:+.3f}]"
+        if all((way, 1) in run.found for run in there):
+            first = [run.average(way, last, run.fields[:1]) - run.average(way, 1) for run in there]
+            kept = f"{mean(first):+.3f}"
+        cost = costs([run.found[way, runs.place(way)] for run in there])
+        cells = (title(way), len(there), f"{runs.average(way):.3f}", f"{team:.3f}", gap, kept, cost)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def arrival_table(runs: Runs) -> list[str]:
+    """The mean of all tasks so far after every arrival, and that of the lowest run."""
+    later = range(2, runs.last + 1)
+    lines = table("all tasks after every arrival, mean and lowest run", "runs", *later)
+    for way in (way for way in runs.ways if runs.of(way, 2)):
+        means = [[run.average(way, n) for run in runs.of(way, n)] for n in later]
+        cells = " | ".join(f"{mean(own):.3f}, {min(own):.3f}" for own in means)
+        lines.append(f"| {title(way)} | {len(means[-1])} | {cells} |")
+    return lines
+
+
+def field_table(runs: Runs) -> list[str]:
+    """Each field after every arrival, in the runs in which it was scored by then."""
+    arrivals = range(1, runs.last + 1)
+    lines = table("field, its tasks after every arrival", *arrivals)
+    for way in ("team", "in-turn"):
+        for field, own in runs.fields.items():
+            cells = []
+            for n in arrivals:
+                there = [run for run in runs.of(way, n) if set(own) <= set(run.found[way, n]["scores"])]
+                cells.append(f"{mean(run.average(way, n, [own]) for run in there):.3f}" if there else "-")
+            lines.append(f"| {field}, {title(way)} | {' | '.join(cells)} |")
+    return lines
+
+
+def task_table(runs: Runs, tasks: Tasks) -> list[str]:
+    """Each task after the last arrival, for ways that were made in all runs."""
+    shown = [way for way in ("base", *LINES, "oracle") if len(runs.of(way)) == len(runs.all)]
+    lines = table("task after the last arrival", *map(title, shown))
+    for name, task in tasks.items():
+        cells = [mean(run.average(way, runs.place(way), [[name]]) for run in runs.all) for way in shown]
+        lines.append(f"| {task.title} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    return lines
+
+
+def removal_table(runs: Runs) -> list[str]:
+    """What each field loses when an analyst is removed, in the runs in which each of them was, if there are some."""
+    removals = [f"without-{field}" for field in runs.fields]
+    there = [run for run in runs.all if all((way, runs.last) in run.found for way in removals)]
+    if not there:
+        return []
+    lines = table("removed", *runs.fields)
+    for way in ("team", *removals, "base"):
+        name = {"team": "nobody", "base": "(the base)"}.get(way, way.removeprefix("without-"))
+        cells = [mean(run.average(way, runs.place(way), [own]) for run in there) for own in runs.fields.values()]
+        lines.append(f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    return lines
+
+
+def plot(runs: Runs, path: Path) -> None:
+    """The mean of all tasks so far after every arrival, one line a way."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for way in (way for way in (*LINES, *runs.replays) if runs.of(way)):
+        there = len(runs.of(way))
+        at = [n for n in range(1, runs.last + 1) if len(runs.of(way, n)) == there]
+        label = title(way).strip("*") + (f" ({there} of {len(runs.all)} runs)" if there < len(runs.all) else "")
+        heights = [runs.average(way, n) for n in at]
+        axes.plot(at, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=label)
+    for way in ("arrow", "dare_ties", "hidden-gates"):
+        if way in runs.ways:
+            axes.plot([runs.last], [runs.average(way)], "x", label=title(way))
+    axes.set(
+        xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=range(1, runs.last + 1)
+    )
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -92,110 +226,15 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="data directory with the tasks of all fields")
     args = parser.parse_args()
     parts = Parts.model_validate(read_yaml(args.config))
-    folder = args.config.parent / parts.results
-    runs: list[tuple[Results, list[list[str]]]] = []  # with the tasks of each field in the order of arrival
-    for name, order in parts.orders.items():
-        for seed in parts.seeds:
-            found = read_results(folder / f"{name}-seed{seed}", order, parts.fields)
-            if ("team", len(order)) in found:
-                runs.append((found, [parts.fields[field] for field in order]))
-    if not runs:
-        raise InputError(f"{folder} has no results of the whole team. Run experiments/parts/run.py first.")
-    scores = runs[0][0]["base", 0]["scores"]
-    tasks = {name: task for name, task in tasks_of(args.data_dir).items() if name in scores}
+    runs = Runs(parts, args.config.parent / parts.results)
+    scored = {name for names in parts.fields.values() for name in names}
+    tasks = {name: task for name, task in tasks_of(args.data_dir).items() if name in scored}
     rows = {name: rows_to_score(args.data_dir, task, "test", parts.limit) for name, task in tasks.items()}
-    last = len(parts.fields)
-
-    def runs_of(way: str, arrivals: int) -> list[tuple[Results, list[list[str]]]]:
-        return [one for one in runs if (way, arrivals) in one[0]]
-
-    def scored(way: str, arrivals: int) -> float:
-        return mean(average(own[way, arrivals], fields[: arrivals or last]) for own, fields in runs_of(way, arrivals))
-
-    known = [way for way in (*TITLES, *(f"replay-{share:g}" for share in parts.replay)) if way != "replay"]
-    places = {way: 0 if way == "base" else last for way in known}
-    ways = sorted((way for way in known if runs_of(way, places[way])), key=lambda way: -scored(way, places[way]))
-    lines = [
-        "| way | runs | average after the last arrival | the team's in these runs | team minus it, 95 % interval | first field, last minus own arrival | rows, tokens trained on at the last arrival | parameters, for a token |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for way in ways:
-        there, place = runs_of(way, places[way]), places[way]
-        found = [own for own, _ in there]
-        team, gap = mean(average(own["team", last], fields) for own, fields in there), "-"
-        if way != "team":
-            ours, theirs = predictions(found, "team", last), predictions(found, way, place)
-            part = difference_on_rows(tasks, rows, ours, theirs, shared_seeds=True)["average"]
-            gap = f"{part['difference']:+.3f} [{part['low']:+.3f}, {part['high']:+.3f}]"
-        kept = "-"
-        if all((way, 1) in own for own in found):
-            kept = f"{mean(average(own[way, last], f[:1]) - average(own[way, 1], f[:1]) for own, f in there):+.3f}"
-        cost = costs([own[way, place] for own in found])
-        lines.append(
-            f"| {title(way)} | {len(there)} | {scored(way, place):.3f} | {team:.3f} | {gap} | {kept} | {cost} |"
-        )
-
-    lines += [
-        "",
-        "| all tasks after every arrival, mean and lowest run | runs | "
-        + " | ".join(f"{n}" for n in range(2, last + 1))
-        + " |",
-    ]
-    lines += ["|---" * (last + 1) + "|"]
-    for way in (way for way in ways if runs_of(way, 2)):
-        there = [
-            [average(own[way, n], fields[:n]) for own, fields in runs if (way, n) in own] for n in range(2, last + 1)
-        ]
-        cells = [f"{mean(part):.3f}, {min(part):.3f}" for part in there]
-        lines.append(f"| {title(way)} | {len(there[-1])} | {' | '.join(cells)} |")
-
-    lines += ["", "| field, its tasks after every arrival | " + " | ".join(f"{n}" for n in range(1, last + 1)) + " |"]
-    lines += ["|---" * (last + 1) + "|"]
-    for way in ("team", "in-turn"):
-        for field in parts.fields:
-            cells = []
-            for n in range(1, last + 1):
-                there = [own[way, n] for own, _ in runs_of(way, n)]
-                there = [part for part in there if set(parts.fields[field]) <= set(part["scores"])]
-                cells.append(f"{mean(average(part, [parts.fields[field]]) for part in there):.3f}" if there else "-")
-            lines.append(f"| {field}, {title(way)} | {' | '.join(cells)} |")
-
-    shown = [way for way in ("base", *LINES, "oracle") if len(runs_of(way, places[way])) == len(runs)]
-    lines += ["", "| task after the last arrival | " + " | ".join(title(way) for way in shown) + " |"]
-    lines += ["|---" * (len(shown) + 1) + "|"]
-    for name, task in tasks.items():
-        parts_of = [[own[way, places[way]] for own, _ in runs] for way in shown]
-        cells = [f"{mean(part['scores'][name] for part in own):.3f}" for own in parts_of]
-        lines.append(f"| {task.title} | {' | '.join(cells)} |")
-
-    removals = [f"without-{field}" for field in parts.fields]
-    there = [own for own, _ in runs if all((way, last) in own for way in removals)]
-    if there:
-        lines += ["", "| removed | " + " | ".join(parts.fields) + " |", "|---" * (len(parts.fields) + 1) + "|"]
-        for way in ("team", *removals, "base"):
-            place = 0 if way == "base" else last
-            cells = [
-                f"{mean(average(own[way, place], [names]) for own in there):.3f}" for names in parts.fields.values()
-            ]
-            name = {"team": "nobody", "base": "(the base)"}.get(way, way.removeprefix("without-"))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    args.config.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for way in (*LINES, *(f"replay-{share:g}" for share in parts.replay)):
-        if not (there := len(runs_of(way, last))):
-            continue
-        at = [n for n in range(1, last + 1) if n == 1 or len(runs_of(way, n)) == there]
-        label = title(way).strip("*") + (f" ({there} of {len(runs)} runs)" if there < len(runs) else "")
-        heights = [scored(way, n) for n in at]
-        axes.plot(at, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=label)
-    for way in ("arrow", "dare_ties", "hidden-gates"):
-        if way in ways:
-            axes.plot([last], [scored(way, last)], "x", label=title(way))
-    axes.set(xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=range(1, last + 1))
-    axes.legend(fontsize="small")
-    figure.savefig(args.config.with_suffix(".png"), dpi=150)
+    lines = way_table(runs, tasks, rows) + arrival_table(runs) + field_table(runs) + task_table(runs, tasks)
+    text = "\n".join(lines + removal_table(runs)).strip()
+    args.config.with_suffix(".md").write_text(text + "\n")
+    plot(runs, args.config.with_suffix(".png"))
+    print(text)
 
 
 if __name__ == "__main__":

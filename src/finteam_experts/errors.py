@@ -4,6 +4,7 @@
 import difflib
 import errno
 import math
+import operator
 import os
 import sys
 import tempfile
@@ -42,14 +43,13 @@ def check_number(
     """Raise `InputError` unless the value of the setting `name` is finite and within these bounds; `None` is no value."""
     if value is None:
         return
-    bounds = (
-        (least, "{:g} or more", lambda bound: value >= bound), (above, "above {:g}", lambda bound: value > bound),
-        (most, "{:g} or less", lambda bound: value <= bound), (below, "below {:g}", lambda bound: value < bound),
-    )  # fmt: skip
-    given = [(bound, text, right) for bound, text, right in bounds if bound is not None]
-    if not math.isfinite(value) or not all(right(bound) for bound, _, right in given):
+    bounds = ((least, "{} or more", operator.ge), (above, "above {}", operator.gt),
+              (most, "{} or less", operator.le), (below, "below {}", operator.lt))  # fmt: skip
+    given = [(bound, text, holds) for bound, text, holds in bounds if bound is not None]
+    finite = isinstance(value, int) or math.isfinite(value)  # an int may be too large for a float
+    if not finite or not all(holds(value, bound) for bound, _, holds in given):
         wanted = " and ".join(text.format(bound) for bound, text, _ in given) or "finite"
-        raise InputError(f"{name} is {value:g}; it has to be {wanted}.")
+        raise InputError(f"{name} is {value}; it has to be {wanted}.")
 
 
 def is_main_process() -> bool:

@@ -29,6 +29,18 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}, line {line}: not UTF-8 (byte {byte:#04x}). {advice}") from None
 
 
+def has_half_characters(value: Any) -> bool:
+    """Whether a text in a value of JSON or YAML holds half a character (a lone surrogate), which no tokenizer takes.
+
+    Only an escape, \\ud800, can write one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key may appear once: PyYAML would take the last one and say nothing."""
 
@@ -55,6 +67,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}{where}: {what}.{hint}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}.")
+    for key, value in content.items():
+        if has_half_characters(value):
+            raise InputError(f"{path}: {key} holds half a character (a lone surrogate). Remove it.")
     return content
 
 

@@ -184,7 +184,7 @@ def test_a_given_scale_is_taken(copied_run):
     fit_router(copied_run, "--overwrite", "--scale", "0.25")
     torch.testing.assert_close(gates.read_gates(moe) * (scale / 0.25), chosen)
     assert runs.read_record(moe)["router"]["results"]["scale"] == 0.25
-    with pytest.raises(InputError, match="--scale is 0; it has to be above 0"):
+    with pytest.raises(InputError, match="--scale is 0.0; it has to be above 0"):
         fit_router(copied_run, "--overwrite", "--scale", "0")
 
 

@@ -78,7 +78,7 @@ def test_the_router_of_a_tuned_team_is_fitted_to_what_its_gates_read_now(copied_
     assert load_model(tuned)
     with pytest.raises(InputError, match="settings.chat_share: recorded 0.5, now 0.75"):
         fit_router(copied_run, "--model", "moe-instruct", "--chat_share", 0.75, "--scale", 8)
-    with pytest.raises(InputError, match="--chat_share is 2; it has to be 0 or more and 1 or less"):
+    with pytest.raises(InputError, match="--chat_share is 2.0; it has to be 0 or more and 1 or less"):
         fit_router(copied_run, "--model", "moe-instruct", "--chat_share", 2)
 
 

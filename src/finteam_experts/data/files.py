@@ -22,7 +22,7 @@ import numpy as np
 
 from finteam_experts.data.tasks import Task, Tasks, default_tasks, read_task_file
 from finteam_experts.errors import InputError, is_main_process, nearest
-from finteam_experts.files import write_text
+from finteam_experts.files import has_half_characters, write_text
 
 FEWEST_PASSAGES = 32  # of a corpus, for the router
 CONTRACT = (
@@ -174,12 +174,8 @@ def _read_row(line: bytes, where: str, columns: tuple[str, ...]) -> dict[str, An
             expected = f"Expected the columns {', '.join(columns)}; found {', '.join(row)}."
             raise InputError(f"{where}: no text in column '{column}'. {expected}")
     for column, value in row.items() if b"\\u" in line else ():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError(
-                f"{where}: column '{column}' holds half a character (a lone surrogate). Remove it."
-            ) from None
+        if has_half_characters(value):
+            raise InputError(f"{where}: column '{column}' holds half a character (a lone surrogate). Remove it.")
     return row
 
 

@@ -82,9 +82,10 @@ def check_name(role: str, where: str) -> None:
 
 
 def roles_to_train(role: str | None, path: Path, data_dir: Path) -> list[str]:
-    """The role if its expert can be trained, or of `shared` all roles that the merge at `path` trains; else an `InputError`.
+    """The roles whose corpora are trained on: `role` itself or, for `shared`, all that the merge at `path` trains.
 
-    It is one of these, or an analyst who will join a finished team, whose corpora are in `data_dir`.
+    Raises `InputError` for a role that the merge does not train, unless `data_dir` has its corpora: an analyst may join a finished
+    team.
     """
     known = trained_roles(read_merge_config(path))
     if role == SHARED:
