@@ -267,7 +267,7 @@ def test_interrupted_fetch_keeps_what_is_complete(hub, monkeypatch, capsys):
         (lambda hub: (hub / "hub/fpb/test.jsonl").unlink(), r"has no test split; it has train"),
         (
             lambda hub: write(hub / "hub/speeches", "train", [{"text": ""}, {"text": " "}]),
-            r"speeches gave macro no passage from 2 rows",
+            r"speeches gave macro no passages from 2 rows",
         ),
         (lambda hub: (hub / "sources.yaml").unlink(), r"sources.yaml: no such file"),
     ],

@@ -4,9 +4,10 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from finteam_experts.errors import InputError, nearest
 HELDOUT_PERCENT = 8  # of a corpus's documents, and of conversations
 CHARACTERS_PER_TOKEN = 4  # of English, roughly
 Revisions = dict[str, str | None]  # the commit of each set
+Found = Iterator[tuple[str, str, Row]]  # a row to keep: the document that it is part of, its text, the row itself
 
 
 @dataclass(frozen=True)
@@ -99,71 +101,68 @@ def fetch_task(work: Path, task: Task, source: hub.TaskSource, draw: Draw, revis
 
 def fetch_corpus(work: Path, role: str, sources: list[hub.Source], draw: Draw, revisions: Revisions) -> None:
     """Write the train and held-out passages of a role: no document in both, and no passage with a test text."""
-    path, heldout_path = corpus_file(work, role), corpus_file(work, role, heldout=True)
-    if path.exists() and heldout_path.exists():
-        return
-    holds, parts, seen = holds_test_text(work), ([], []), set()
-    for source in sources:
-        counts: Counter[str] = Counter()
-        stream = hub.rows(source, "train", draw.max_rows, draw.seed, revisions[source.dataset])
-        for row in tqdm(stream, desc=source.dataset):
-            text = source.text_of(row)
-            counts["rows"] += 1
-            counts["rows without text"] += not text
-            heldout = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
-            for passage in passages(text, draw.max_characters) if text else ():
-                kept = {"text": passage, "source": source.dataset}
-                key = text_key(kept)
-                if holds(key):
-                    counts["passages left out, they hold a test text"] += 1
-                elif key not in seen:
-                    seen.add(key)
-                    parts[heldout].append(kept)
-                    counts["passages"] += 1
-                    counts["characters"] += len(passage)
-        tokens = counts.pop("characters", 0) / CHARACTERS_PER_TOKEN
-        listed = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-        print(f"{role}, {source.dataset}: {listed}, about {tokens:,.0f} tokens")
-        if not counts["passages"]:
-            found = f"{source.dataset} gave {role} no passage from {counts['rows']} rows"
-            raise InputError(f"{found}. Look at its columns with --check: the text may be in another one.")
-    train, heldout = _with_heldout(*parts)
-    if not train:
-        raise InputError(f"{role} has {len(heldout)} passages in all. Add a source, or raise --max_rows.")
-    write_rows(heldout_path, heldout)
-    write_rows(path, train)
+
+    def passages_of(source: hub.Source, row: Row, counts: Counter[str]) -> Found:
+        document = source.text_of(row)
+        counts["rows without text"] += not document
+        for passage in passages(document, draw.max_characters) if document else ():
+            yield document, passage, {"text": passage, "source": source.dataset}
+
+    files = corpus_file(work, role), corpus_file(work, role, heldout=True)
+    _fetch(work, files, role, "passages", sources, passages_of, draw, revisions)
 
 
 def fetch_chats(work: Path, role: str, sources: list[hub.ChatSource], draw: Draw, revisions: Revisions) -> None:
     """Write the train and held-out conversations of a role: none in both, none with a test text, none that can't be used."""
-    path, heldout_path = chat_file(work, role), chat_file(work, role, heldout=True)
+
+    def conversations_of(source: hub.ChatSource, row: Row, counts: Counter[str]) -> Found:
+        messages = source.messages_of(row)
+        try:
+            conversation_of(messages, source.dataset)
+        except InputError:
+            counts["left out, they are no conversations"] += 1
+            return
+        text = " ".join(turn["content"] for turn in messages)
+        yield text, text, {"messages": messages, "source": source.dataset}
+
+    files = chat_file(work, role), chat_file(work, role, heldout=True)
+    _fetch(work, files, role, "conversations", sources, conversations_of, draw, revisions)
+
+
+def _fetch(
+    work: Path, files: tuple[Path, Path], role: str, what: str, sources: Sequence[Any],
+    rows_of: Callable[[Any, Row, Counter[str]], Found], draw: Draw, revisions: Revisions,
+) -> None:  # fmt: skip
+    """Write the train and held-out file of a role, unless both are there: what `rows_of` makes of the rows of its sources."""
+    path, heldout_path = files
     if path.exists() and heldout_path.exists():
         return
     holds, parts, seen = holds_test_text(work), ([], []), set()
     for source in sources:
         counts: Counter[str] = Counter()
+        characters = 0
         stream = hub.rows(source, "train", draw.max_rows, draw.seed, revisions[source.dataset])
         for row in tqdm(stream, desc=source.dataset):
             counts["rows"] += 1
-            messages = source.messages_of(row)
-            try:
-                conversation_of(messages, source.dataset)
-            except InputError:
-                counts["left out, they are no conversations"] += 1
-                continue
-            key = text_key({"text": " ".join(turn["content"] for turn in messages)})
-            if holds(key):
-                counts["left out, they hold a test text"] += 1
-            elif key not in seen:
-                seen.add(key)
-                heldout = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
-                parts[heldout].append({"messages": messages, "source": source.dataset})
-        print(f"{role}, {source.dataset}: {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}")
-    train, heldout = _with_heldout(*parts)
+            for document, text, kept in rows_of(source, row, counts):
+                key = text_key({"text": text})
+                if holds(key):
+                    counts[f"{what} left out, they hold a test text"] += 1
+                elif key not in seen:
+                    seen.add(key)
+                    heldout = int(hashlib.sha256(document.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
+                    parts[heldout].append(kept)
+                    counts[what] += 1
+                    characters += len(text)
+        listed = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        print(f"{role}, {source.dataset}: {listed}, about {characters / CHARACTERS_PER_TOKEN:,.0f} tokens")
+        if not counts[what]:
+            found = f"{source.dataset} gave {role} no {what} from {counts['rows']} rows"
+            raise InputError(f"{found}. Look at its columns with --check: the text may be in another one.")
+    train, heldout_rows = _with_heldout(*parts)
     if not train:
-        found = f"chats of {role}: {len(heldout)} conversations in all"
-        raise InputError(f"{found}. Look at the columns with --check, or raise --max_rows.")
-    write_rows(heldout_path, heldout)
+        raise InputError(f"{role} has {len(heldout_rows)} {what} in all. Add a source, or raise --max_rows.")
+    write_rows(heldout_path, heldout_rows)
     write_rows(path, train)
 
 
