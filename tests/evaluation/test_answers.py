@@ -40,7 +40,7 @@ def test_scores_are_means_with_standard_errors(done_run, monkeypatch):
     written = ["Sales rose by 44.", "Positive.", "", "Sales rose to 99."]
     monkeypatch.setattr("finteam_experts.evaluation.answers.greedy_answers", lambda *_, **__: written)
     conversations = [([{"role": "user", "content": "Sales rose to 235 from 191."}], "Sales rose by 44.")] * 4
-    scores = score_answers(model, form, conversations, ["positive", "negative"])
+    scores = score_answers(model, form, {"micro": conversations}, ["positive", "negative"])["micro"]
     assert (scores["n"], scores["bare"], scores["unsupported"]) == (4, 0.5, 0.25)
     assert (scores["read"], scores["computed"], scores["repeats"]) == (None, 0.25, 0)  # 44 is in no question
     assert scores["words"] == (4 + 1 + 0 + 4) / 4
@@ -55,10 +55,27 @@ def test_figures_of_the_question_are_to_be_read_and_others_computed(done_run, mo
     monkeypatch.setattr("finteam_experts.evaluation.answers.greedy_answers", lambda *_, **__: written)
     asked = [{"role": "user", "content": "Sales rose to 1,235 from 191."}]
     given = ["To 1,235 from 191, that is by 1,044.", "To 1,235 from 191.", "They rose."]
-    scores = score_answers(model, form, [(asked, one) for one in given], [])
+    scores = score_answers(model, form, {"micro": [(asked, one) for one in given]}, [])["micro"]
     assert scores["read"] == (2 / 2 + 1 / 2) / 2
     assert scores["computed"] == 1
     assert scores["computed_stderr"] == 0
+
+
+def test_each_role_has_the_scores_of_its_own_answers(done_run):
+    model, form = load_model(done_run / "dense-instruct"), form_of(done_run / "dense-instruct")
+    asked = {"macro": ["Rates rose.", "Prices fell by 2."], "micro": ["Sales rose to 235.", "No news.", "Costs fell."]}
+    chats = {
+        role: [([{"role": "user", "content": text}], f"{text} That is all.") for text in own]
+        for role, own in asked.items()
+    }
+    together = score_answers(model, form, chats, [])
+    assert list(together) == ["macro", "micro"]
+    for role, own in chats.items():
+        alone = score_answers(model, form, {role: own}, [])[role]
+        assert together[role].pop("written") == alone.pop("written")
+        assert together[role].pop("computed") is alone.pop("computed") is None  # every figure is in the question
+        assert together[role] == pytest.approx(alone, rel=1e-4)
+    assert score_answers(model, form, {}, []) == {}
 
 
 @pytest.mark.parametrize(

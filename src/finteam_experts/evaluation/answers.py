@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Collection
-from itertools import permutations
+from itertools import islice, permutations
 
 import numpy as np
 import torch
@@ -34,34 +34,46 @@ _ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def score_answers(
-    model: torch.nn.Module, form: ChatFormat, conversations: list[Conversation], labels: Collection[str]
-) -> dict[str, float | int | list[str] | None]:
-    """The mean of each of `SCORES` over the conversations with its standard error, and what the model wrote.
+    model: torch.nn.Module, form: ChatFormat, chats: dict[str, list[Conversation]], labels: Collection[str]
+) -> dict[str, dict[str, float | int | list[str] | None]]:
+    """For each role the mean of each of `SCORES` over its conversations with its standard error, and what the model wrote.
 
     `labels` are those of tasks: an answer that is one of them, or empty, is no answer to a question. Of the given answer's figures,
     those that the question has are to be read and the others to be computed. Right are those that the model writes too; the mean
     is over the answers that have such figures, `None` if none has.
     """
-    written = greedy_answers(model, form, [turns for turns, _ in conversations], max_new_tokens=MAX_NEW_TOKENS)
-    names = {label.lower() for label in labels}
-    values = {name: [] for name in SCORES}
+    conversations = [conversation for own in chats.values() for conversation in own]
+    if not conversations:
+        return {}
+    # all roles at once: a step of generation takes hardly longer for many answers than for a few
+    answers = greedy_answers(model, form, [turns for turns, _ in conversations], max_new_tokens=MAX_NEW_TOKENS)
+    written, losses = iter(answers), iter(answer_losses(model, form, conversations))
+    names, scores = {label.lower() for label in labels} | {""}, {}
+    for role, own in chats.items():
+        texts = list(islice(written, len(own)))
+        values = {"nats": list(islice(losses, len(own)))} | _compared(own, texts, names)
+        scores[role] = {"n": len(own), "written": texts}
+        for name in SCORES:
+            column = np.array(values[name], dtype=float)
+            error = column.std(ddof=1) / len(column) ** 0.5 if len(column) > 1 else 0.0
+            scores[role] |= {name: float(column.mean()) if len(column) else None, f"{name}_stderr": float(error)}
+    return scores
+
+
+def _compared(conversations: list[Conversation], written: list[str], no_answers: set[str]) -> dict[str, list[float]]:
+    """All of `SCORES` but the first of what the model wrote, a value an answer; fewer for figures, which not all have."""
+    values: dict[str, list[float]] = {name: [] for name in SCORES if name != "nats"}
     for (turns, given), answer in zip(conversations, written, strict=True):
         question = "\n".join(turn["content"] for turn in turns)
         values["rouge_l"].append(_ROUGE.score(given, answer)["rougeL"].fmeasure)
-        values["bare"].append(answer.strip().rstrip(".").lower() in names | {""})
+        values["bare"].append(answer.strip().rstrip(".").lower() in no_answers)
         values["unsupported"].append(bool(unsupported_figures(question, answer)))
         values["repeats"].append(repeats_itself(answer))
         values["words"].append(len(answer.split()))
         asked, own = _figures(question), _figures(answer)
         for name, wanted in (("read", _figures(given) & asked), ("computed", _figures(given) - asked)):
             values[name] += [len(wanted & own) / len(wanted)] if wanted else []
-    values["nats"] = answer_losses(model, form, conversations)
-    result: dict[str, float | int | list[str] | None] = {"n": len(conversations), "written": written}
-    for name, own in values.items():
-        column = np.array(own, dtype=float)
-        error = column.std(ddof=1) / len(column) ** 0.5 if len(column) > 1 else 0.0
-        result |= {name: float(column.mean()) if own else None, f"{name}_stderr": float(error)}
-    return result
+    return values
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from finteam_experts.data.tasks import SYSTEM_PROMPT, Tasks
 from finteam_experts.errors import InputError, NotFiniteError, nearest
 from finteam_experts.evaluation.batches import padded_batches
 
+WRITTEN_BATCH = 8192  # tokens of prompts that are answered at once: each step of generation reads all weights
 OTHER_BATCH = 16  # rows at once of tasks that are lm-eval's own
 logging.getLogger("lm_eval.models.huggingface").setLevel(
     logging.ERROR
@@ -195,7 +196,10 @@ def greedy_answers(
 ) -> list[str]:
     """What the model writes in reply to each user message or conversation, always taking the likeliest token."""
     answers, tokenizer = [""] * len(prompts), form.tokenizer
-    for rows, batch in padded_batches(form.prompts(prompts), tokenizer, title="answers", padding_side="left"):
+    asked = form.prompts(prompts)
+    for rows, batch in padded_batches(
+        asked, tokenizer, batch_tokens=WRITTEN_BATCH, title="answers", padding_side="left"
+    ):
         batch = batch.to(model.device)
         output = model.generate(
             **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id

@@ -63,7 +63,7 @@ def evaluate_model(
         if generate:
             result["generated"] = _generated(model, form, task, rows[name], prompts[name], samples)
     labels = {label for task in tasks.values() for label in task.labels}
-    report["answers"] = {role: score_answers(model, form, own, labels) for role, own in chats.items()}
+    report["answers"] = score_answers(model, form, chats, labels)
     if is_moe(model.config):
         team = [member["name"] for member in runs.read_record(folder)["team"]]
         report["routing"] = {}
