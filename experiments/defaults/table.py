@@ -14,16 +14,12 @@ from rich import box
 from rich.table import Table
 
 from finteam_experts.errors import InputError, run
+from finteam_experts.evaluation.answers import SCORES
 from finteam_experts.files import read_json
 from finteam_experts.screen import screen
 
 BASE, DENSE, TEAM = "base", "dense-instruct", "moe-instruct"
-ANSWERS = {
-    "bare": "bare label",
-    "repeats": "repeats itself",
-    "read": "figures read right",
-    "computed": "computed right",
-}
+ANSWERS = ("bare", "repeats", "read", "computed")  # of `SCORES`
 
 
 def main_scores(report: dict[str, Any], model: str) -> list[float]:
@@ -39,7 +35,7 @@ def answered(report: dict[str, Any], model: str, score: str) -> float:
 
 
 def score_table(reports: dict[str, dict[str, Any]]) -> Table:
-    """Main scores of both models in each run, and the team's lead over the dense model with its interval."""
+    """Main scores of base, dense model and team in each run, and the team's lead over the dense model with its interval."""
     tasks = next(iter(reports.values()))["tasks"]
     titles = ("run", "model", *(task["name"] for task in tasks), "mean", "team minus dense, 95 % interval", "nats")
     table = Table(*titles, box=box.MARKDOWN)
@@ -55,9 +51,9 @@ def score_table(reports: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def other_table(folder: Path, reports: dict[str, dict[str, Any]]) -> Table:
+def team_table(folder: Path, reports: dict[str, dict[str, Any]]) -> Table:
     """How far the team is from the base and from a majority class, its answers, its routing, and what the run took."""
-    titles = ("run", "weakest task above base", "above majority", *ANSWERS.values(), "own analyst: text, chats, prompts", "minutes")  # fmt: skip
+    titles = ("run", "weakest task above base", "above majority", *(SCORES[score] for score in ANSWERS), "own analyst: text, chats, prompts", "minutes")  # fmt: skip
     table = Table(*titles, box=box.MARKDOWN)
     for name, report in reports.items():
         ours = main_scores(report, TEAM)
@@ -82,8 +78,8 @@ def main() -> None:
     if not runs:
         raise InputError(f"{folder} has no complete run. Make some: bash experiments/defaults/run.sh {folder}")
     reports = {run_dir.name: read_json(run_dir / "reports/evaluation.json") for run_dir in runs}
-    for table in (score_table(reports), other_table(folder, reports)):
-        screen(200).print(table)
+    for table in (score_table(reports), team_table(folder, reports)):
+        screen(220).print(table)
     differences = [np.mean(main_scores(own, TEAM)) - np.mean(main_scores(own, DENSE)) for own in reports.values()]
     print(f"team - dense: mean {np.mean(differences):+.3f}, lowest {min(differences):+.3f}")
 

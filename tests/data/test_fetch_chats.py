@@ -76,6 +76,13 @@ def test_conversations_and_a_task_of_its_own(hub, capsys):
     assert data_licences(hub / "data")[str(hub / "talk")] == "Apache-2.0"
 
 
+def test_a_source_without_a_conversation_is_named(hub):
+    write(hub / "talk", "train", [{"messages": [{"role": "user", "content": "Nobody answers."}]}] * 3)
+    with pytest.raises(InputError, match="talk gave general no conversations from 3 rows. Look at its columns"):
+        fetch(hub, "--data_dir", hub / "data")
+    assert not (hub / "data").exists()
+
+
 def test_a_source_of_conversations_says_where_they_are(hub):
     table = yaml.safe_load((hub / "sources.yaml").read_text())
     del table["chats"]["micro"][0]["answer"]
