@@ -37,9 +37,8 @@ class Answer:
     """An answer, complete or so far."""
 
     text: str
-    tokens: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # piece of the text, place of the analyst that carried it
+    # piece of the text, place of the analyst that carried it
+    tokens: list[tuple[str, int]] = field(default_factory=list)
     layers: list[list[float]] = field(default_factory=list)  # [layers, analysts] share of the gate weight
     foreign_numbers: list[str] = field(default_factory=list)  # in the answer and not in the question
 

@@ -199,10 +199,8 @@ def test_a_complete_folder_wins_over_a_stray_unfinished_one(copied_run, capsys):
 
 
 def test_a_start_that_failed_does_not_block_the_mended_one(new_run):
-    with pytest.raises(Exception, match="."):
-        train_expert(
-            new_run, "macro", "--optim", "adamw_bnb_8bit"
-        )  # fails when the trainer is made, after the folder is
+    with pytest.raises(Exception, match="."):  # when the trainer is made, after the folder is
+        train_expert(new_run, "macro", "--optim", "adamw_bnb_8bit")
     assert (new_run / "adapters/macro.incomplete").exists()
     train_expert(new_run, "macro")
     assert (new_run / "adapters/macro").is_dir()

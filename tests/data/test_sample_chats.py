@@ -28,9 +28,8 @@ def test_every_figure_of_an_answer_is_in_its_passage_or_follows_from_it(drawn):
     for part in drawn:
         for chat in part:
             asked, answer = texts(chat)
-            percent_only = re.sub(
-                r"\d of \d days", "", answer
-            )  # counted from the passage, not computed from two figures
+            # counted from the passage, not computed from two figures
+            percent_only = re.sub(r"\d of \d days", "", answer)
             if chat["kind"] != "knowledge":
                 assert not unsupported_figures(asked, percent_only), (asked, answer)
 

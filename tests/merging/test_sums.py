@@ -147,9 +147,8 @@ def test_general_text_counts_for_every_analyst_in_both_passes(done_run):
     general = [
         excerpt(form.tokenizer.encode(passage)) for passage in ("Bread keeps for a day.", "Cats sleep all day.")
     ]
-    found = team_sums(
-        model, form.tokenizer, text, general, 0.01, trunk=""
-    )  # leaves the gates of the second pass in the model
+    # leaves the gates of the second pass in the model
+    found = team_sums(model, form.tokenizer, text, general, 0.01, trunk="")
     for place, own in enumerate(text):
         parts = zip(halves(own), halves(general), (place, None), strict=True)
         through = [compute_sums(model, form.tokenizer, *part, trunk="", expert=to) for *part, to in parts]

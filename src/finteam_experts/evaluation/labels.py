@@ -25,9 +25,8 @@ from finteam_experts.evaluation.batches import padded_batches
 
 WRITTEN_BATCH = 8192  # tokens of prompts that are answered at once: each step of generation reads all weights
 OTHER_BATCH = 16  # rows at once of tasks that are lm-eval's own
-logging.getLogger("lm_eval.models.huggingface").setLevel(
-    logging.ERROR
-)  # it warns of every model that it did not load itself
+# it warns of every model that it did not load itself
+logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
 Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context tokens, continuation tokens)
 
 

@@ -133,9 +133,8 @@ def measure_routing(
         if spans:
             padded = torch.nn.utils.rnn.pad_sequence([marks[row] for row in rows], batch_first=True, padding_value=-1)
             kept &= padded >= 0
-            by_span = (
-                torch.nn.functional.one_hot(padded.clamp(min=0), len(SPANS)) * kept[..., None]
-            )  # [rows, length, spans]
+            # by row, token and span
+            by_span = torch.nn.functional.one_hot(padded.clamp(min=0), len(SPANS)) * kept[..., None]
             tokens_by_span.index_add_(0, row_roles, by_span.sum(1).float())
         if losses:
             row_losses = token_losses(outputs.logits, batch["input_ids"], batch["attention_mask"]).sum(-1).cpu()

@@ -27,9 +27,8 @@ def _per_expert_writer(family: Family) -> type[TensorWriter]:
     class Writer(TensorWriter):
         def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
             for own, part in on_disk({name: tensor}, family).items():
-                super().save_tensor(
-                    own, part, clone or part is not tensor
-                )  # a view would keep the fused tensor in memory
+                # a view would keep the fused tensor in memory
+                super().save_tensor(own, part, clone or part is not tensor)
 
     return Writer
 

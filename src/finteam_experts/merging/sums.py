@@ -44,9 +44,8 @@ class RouterSums:
     A question without a passage is short, and would hardly count if tokens counted alike.
     """
 
-    inputs: (
-        torch.Tensor
-    )  # X'X [layers, hidden, hidden]: of the analyst's own text, and of general text by `GENERAL_WEIGHT`
+    # X'X [layers, hidden, hidden]: of the analyst's own text, and of general text by `GENERAL_WEIGHT`
+    inputs: torch.Tensor
     targets: torch.Tensor  # X'Y [layers, hidden]: of the analyst's own text alone
     tokens: int  # of the analyst's own text
     trunk: str  # `trunk_fingerprint` of the model that they were computed with
@@ -107,9 +106,8 @@ def compute_sums(
                 targets[layer].add_(weighted.sum(0))
 
         gate_inputs(model, tokenizer, part, add, expert=expert, title="router sums")
-    inputs = (
-        inputs.triu() + inputs.triu(1).mT
-    )  # rounding may differ above and below the diagonal, and a file has one of them
+    # rounding may differ above and below the diagonal, and a file has one of them
+    inputs = inputs.triu() + inputs.triu(1).mT
     tokens = sum(sum(excerpt.telling) for excerpt in own)
     return RouterSums(inputs.cpu(), targets.cpu(), tokens, trunk)
 
