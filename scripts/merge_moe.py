@@ -3,9 +3,10 @@
 
     python scripts/merge_moe.py --run_dir outputs/quickstart
 
-Reads RUN_DIR/adapters and moe_merge.yaml, writes RUN_DIR/experts/ROLE and RUN_DIR/moe. The router starts from the
-hidden states of the prompts in moe_merge.yaml; scripts/fit_router.py fits it next. Where every expert
-has brought its router sums, --from_sums computes the router from these, and nobody's text is needed.
+Reads RUN_DIR/adapters and moe_merge.yaml, writes RUN_DIR/experts/ROLE and RUN_DIR/moe. An expert that someone has handed over
+as RUN_DIR/experts/ROLE needs no adapter. The router starts from the hidden states of the prompts in moe_merge.yaml;
+scripts/fit_router.py fits it next. Where every expert has brought its router sums, --from_sums computes the router from
+these, and nobody's text is needed.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from finteam_experts.files import check_disk_room, file_hash
 from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
 from finteam_experts.merging.adapters import check_adapter, dense_expert
 from finteam_experts.merging.assemble import assemble, check_moe
-from finteam_experts.merging.change import check_sums
+from finteam_experts.merging.change import check_expert, check_sums
 from finteam_experts.merging.config import in_run, read_merge_config, roles, trained_roles
 from finteam_experts.merging.gates import GATES, read_gates, write_gates
 from finteam_experts.merging.router import FIRST_SCALE
@@ -64,24 +65,31 @@ def main() -> None:
         config = config.model_copy(update={"experts_per_token": args.experts_per_token})
     base = local_folder(args.base or str(args.run_dir / "base"))
     base_config, known_base = check_base(base), fingerprint(base)
+    experts = {role: args.run_dir / "experts" / role for role in trained}
+    adapters = {role: args.run_dir / "adapters" / role for role in trained}
+    handed_over = [role for role in trained if experts[role].is_dir() and not adapters[role].exists()]
+    trunk = trunk_fingerprint(base) if handed_over else ""
     for role in trained:
-        check_adapter(args.run_dir / "adapters" / role, role, known_base)
+        if role in handed_over:
+            check_expert(experts[role], base, trunk)
+        else:
+            check_adapter(adapters[role], role, known_base)
     if not (args.run_dir / "moe").exists():
-        missing = [name for name in trained if not (args.run_dir / "experts" / name).exists()]
+        missing = [role for role in trained if not experts[role].exists()]
         check_disk_room(args.run_dir, size_of(base) * (len(missing) + len(names)))
 
-    adapters = {}
-    for role in trained:
-        adapter = args.run_dir / "adapters" / role
-        dense_expert(base, known_base, adapter, args.run_dir / "experts" / role, overwrite=args.overwrite)
-        adapters[role] = file_hash(adapter / ADAPTER_FILE)
+    from_adapters = [role for role in trained if role not in handed_over]
+    for role in from_adapters:
+        dense_expert(base, known_base, adapters[role], experts[role], overwrite=args.overwrite)
     target = args.run_dir / "moe"
     inputs = {
         "base": known_base,
         "team": names,
-        "adapters": adapters,
+        "adapters": {role: file_hash(adapters[role] / ADAPTER_FILE) for role in from_adapters},
         "merge": config.model_dump(mode="json", exclude_none=True, exclude={"base_model"}),
     }
+    if handed_over:
+        inputs["experts"] = {role: fingerprint(experts[role], ["weights"]) for role in handed_over}
     brought = {name: args.run_dir / "experts" / name / SUMS for name in names} if args.from_sums else {}
     if missing := [f"{name} ({path})" for name, path in brought.items() if not path.is_file()]:
         raise InputError(

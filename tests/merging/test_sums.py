@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 from conftest import ROLES, call, form_of
+from finteam_experts import runs
 from finteam_experts.data.calibration import GENERAL_SHARE, excerpt, general_text, halves, role_text
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
@@ -210,8 +211,19 @@ def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run):
     team = [load_sums(run / f"experts/{role}/router_sums.safetensors") for role in ROLES]
     assert torch.equal(8 * solve_gates(team, 0.01), read_gates(run / "moe"))
     assert load_sums(run / "moe/router_sums/quant.safetensors").tokens == team[2].tokens
+    shutil.rmtree(run / "adapters")  # a dense expert and its sums are all that has to be handed over
+    before = runs.read_record(run / "moe")["inputs"]
+    call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
+    assert torch.equal(8 * solve_gates(team, 0.01), read_gates(run / "moe"))
+    assert runs.read_record(run / "moe")["inputs"]["experts"].keys() == before["adapters"].keys()
     data.rename(run / "data")
     call("scripts/report_routing.py", *where, "--name", "from_sums")
     report = read_json(run / "reports/from_sums.json")
     assert list(report["ladder"])[-4:-1] == [f"moe, {name} router" for name in ("hidden", "random", "fitted")]
     assert report["gates"]["fitted"]["own_role_tokens"] != report["gates"]["hidden"]["own_role_tokens"]
+    path = run / "experts/micro/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.input_layernorm.weight"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"experts/micro has other attention, norms or embeddings than .*base"):
+        call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from conftest import REPOSITORY, ROLES, SHORT, shell
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
-from finteam_experts.publishing.cards import learned_from
-from finteam_experts.publishing.repositories import Repo, check_licence, check_texts
+from finteam_experts.publishing.cards import learned_from, metadata
+from finteam_experts.publishing.repositories import PublishedRun, Repo, check_licence, check_texts
 from local_hub import OWNER, READER, LocalHub
 
 NAME = "Team"
@@ -267,6 +267,17 @@ def test_a_published_team_trains_on(published, tmp_path, toy_data):
     )  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr[-2000:]
     assert (tmp_path / "moe-instruct" / "model.safetensors").is_file()
+
+
+def test_a_team_whose_adapters_are_elsewhere_is_published_without_them(copied_run):
+    shutil.rmtree(copied_run / "adapters")
+    run = PublishedRun(copied_run, "owner", NAME, "owner/toy")
+    repos = run.repos(["dense", "adapters", "moe", "moe-instruct", "space"])
+    assert [repo.part for repo in repos] == ["moe", "moe-instruct", "space"]
+    assert metadata(run, repos[0], "apache-2.0", []).base_model == ["owner/toy"]
+    (copied_run / "base").rename(copied_run / "gone")
+    with pytest.raises(InputError, match="merged from a base that is neither its folder base nor trunk"):
+        _ = PublishedRun(copied_run, "owner", NAME, None).dense
 
 
 def test_preflight_refuses_before_anything_is_made(hub, run_with_secrets):

@@ -95,15 +95,24 @@ def check_finite(folder: Path, adapter: StoredTensors) -> None:
 
 
 def check_adapter(folder: Path, role: str, base: dict[str, str]) -> None:
-    """Raise `InputError` unless the adapter was trained on the base of that fingerprint and changes nothing but the MLP."""
-    record = runs.require(folder, f"accelerate launch recipes/train_expert.py --config YAML --role {role}")
-    trained_on = record["inputs"].get("base")
-    if not isinstance(trained_on, dict) or any(base.get(part) != trained_on[part] for part in trained_on):
-        raise InputError(
-            f"{folder} was trained on another base (fingerprint {trained_on}; this base has {base}). Train the role again on "
-            "this base, or name its base with --base."
+    """Raise `InputError` unless the adapter was trained on the base of that fingerprint and changes nothing but the MLP.
+
+    An adapter that PEFT or TRL saved has no record of its base: the screen says that it is taken for one of this base.
+    """
+    settings = read_json(folder / "adapter_config.json") if (folder / ADAPTER_FILE).is_file() else {}
+    if settings and not (folder / runs.RECORD).exists():
+        named = settings.get("base_model_name_or_path")
+        print(
+            f"{folder} has no {runs.RECORD}: it says that its base is {named}, and is taken for an adapter of this one"
         )
-    settings = read_json(folder / "adapter_config.json")
+    else:
+        record = runs.require(folder, f"accelerate launch recipes/train_expert.py --config YAML --role {role}")
+        trained_on = record["inputs"].get("base")
+        if not isinstance(trained_on, dict) or any(base.get(part) != trained_on[part] for part in trained_on):
+            raise InputError(
+                f"{folder} was trained on another base (fingerprint {trained_on}; this base has {base}). Train the role again "
+                "on this base, or name its base with --base."
+            )
     if settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
         raise InputError(
             f"{folder}/adapter_config.json: trains biases or whole modules, which a merge can't take over."
@@ -139,7 +148,10 @@ def _merged_layer(
     if adapts_linear_experts(config, adapter_config.target_modules):
         split_experts(model)
     adapted: PeftModel = get_peft_model(model, adapter_config, low_cpu_mem_usage=True)
-    loaded = set_peft_model_state_dict(adapted, adapter, low_cpu_mem_usage=True)
+    try:
+        loaded = set_peft_model_state_dict(adapted, adapter, low_cpu_mem_usage=True)
+    except RuntimeError as error:  # other shapes
+        raise InputError(f"the adapter was trained on a model of another size: {error}") from None
     if loaded.unexpected_keys:
         raise InputError(f"the adapter has a tensor that its model has no place for: {loaded.unexpected_keys[0]}")
     adapted.eval()

@@ -37,22 +37,22 @@ def changed_team(names: list[str], kind: str, role: str) -> list[str]:
     return [name for name in names if name != role] if kind == "remove" else names
 
 
-def check_expert(expert: Path, moe: Path, trunk: str) -> None:
-    """Raise `InputError` unless the dense model in `expert` branched off from the trunk of the team in `moe`.
+def check_expert(expert: Path, like: Path, trunk: str) -> None:
+    """Raise `InputError` unless the dense model in `expert` branched off from the trunk of the team in `like`, or from `like`.
 
     `trunk` is the fingerprint of that trunk, as the team's router sums know it.
     """
-    own, team = check_base(expert), read_config(moe)
+    own, team = check_base(expert), read_config(like)
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if getattr(own, key) != getattr(team, key):
-            found = f"{key} is {getattr(own, key)}, and the team's is {getattr(team, key)}"
+            found = f"{key} is {getattr(own, key)} and not {getattr(team, key)}"
             raise InputError(
-                f"{expert} is of another architecture than {moe}: {found}. Train it from the team's trunk."
+                f"{expert} is of another architecture than {like}: {found}. Train it from the team's trunk."
             )
     if trunk_fingerprint(expert) != trunk:
         raise InputError(
-            f"{expert} has other attention, norms or embeddings than the trunk of {moe}: it was tuned from another model, or not in "
-            "its MLPs alone. An expert of this team is trained from the team's trunk: recipes/train_expert.py --base TRUNK"
+            f"{expert} has other attention, norms or embeddings than {like}: it was tuned from another model, or not in its MLPs "
+            "alone. An expert of this team is trained from the team's trunk: recipes/train_expert.py --base TRUNK"
         )
 
 

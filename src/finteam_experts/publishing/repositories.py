@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
-from finteam_experts.fingerprints import is_model
+from finteam_experts.fingerprints import trunk_fingerprint
 from finteam_experts.models import ADAPTER_FILE, COMPANION_FILES, local_folder
 from finteam_experts.roles import role_of
 
@@ -75,19 +76,21 @@ class PublishedRun:
         names = [member["name"] for member in self.team]
         return [name for name in names if (self.run_dir / "adapters" / name).is_dir()]
 
-    @property
+    @cached_property
     def dense(self) -> str:
-        """What adapters and merge are built on: the base, or a trunk that saw all corpora."""
-        adapter = runs.require(self.run_dir / "adapters" / self.roles[0], "recipes/train_expert.py")
+        """What adapters and merge are built on: the base, or a trunk that saw all corpora. A team has its attention."""
+        moe = self.run_dir / "moe"
+        runs.require(moe, "scripts/merge_moe.py")
+        trunk = trunk_fingerprint(moe)
         for part in ("trunk", "base"):
             folder = self.run_dir / part
-            if folder.is_dir() and is_model(folder, adapter["inputs"]["base"]):
+            if folder.is_dir() and trunk_fingerprint(folder) == trunk:
                 return part
         if self.base_model:  # it was named with --base and is not in the run folder
             return "base"
         raise InputError(
-            f"{self.run_dir}: the adapters were trained on a base that is neither its folder base nor trunk. Name that base's Hub "
-            "id with --base_model."
+            f"{self.run_dir}: the team was merged from a base that is neither its folder base nor trunk. Name that base's Hub id "
+            "with --base_model."
         )
 
     def repos(self, parts: list[str]) -> list[Repo]:
