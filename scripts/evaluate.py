@@ -163,7 +163,10 @@ def main() -> None:
     if "base" in folders:
         folders["base"] = local_folder(args.base or str(args.run_dir / "base"))
     for folder in (folder for name, folder in folders.items() if name != "base"):
-        runs.require(folder, "scripts/merge_moe.py or recipes/instruct_tune.py, as the name says")
+        runs.require(
+            folder,
+            "scripts/merge_moe.py or recipes/instruct_tune.py, as the name says. Or leave it out, with --models",
+        )
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "tasks": {task: file_hash(scored_file(data, task, args.split)) for task in tasks},
