@@ -83,9 +83,11 @@ class Runs:
         self.fields, self.last, self.all = parts.fields, len(parts.fields), list[Run]()
         for name, order in parts.orders.items():
             for seed in parts.seeds:
-                found = read_results(folder / f"{name}-seed{seed}", order, parts.fields)
-                if ("team", self.last) in found:
-                    self.all.append(Run(found, [parts.fields[field] for field in order]))
+                own = f"{name}-seed{seed}"
+                for place in (folder / own, *sorted(folder.glob(f"{own}-*"))):  # made again, on another processor
+                    found = read_results(place, order, parts.fields)
+                    if ("team", self.last) in found:
+                        self.all.append(Run(found, [parts.fields[field] for field in order]))
         if not self.all:
             raise InputError(f"{folder} has no results of the whole team. Run experiments/parts/run.py first.")
         self.replays = [f"replay-{share:g}" for share in parts.replay]
