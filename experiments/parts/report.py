@@ -180,11 +180,11 @@ def field_table(runs: Runs) -> list[str]:
 
 
 def task_table(runs: Runs, tasks: Tasks) -> list[str]:
-    """Each task after the last arrival, for ways that were made in all runs."""
-    shown = [way for way in ("base", *LINES, "oracle") if len(runs.of(way)) == len(runs.all)]
-    lines = table("task after the last arrival", *map(title, shown))
+    """Each task after the last arrival, the mean over the runs in which a way was made."""
+    shown = [way for way in ("base", *LINES, "oracle") if runs.of(way)]
+    lines = table("task after the last arrival", *(f"{title(way)} ({len(runs.of(way))} runs)" for way in shown))
     for name, task in tasks.items():
-        cells = [mean(run.average(way, runs.place(way), [[name]]) for run in runs.all) for way in shown]
+        cells = [mean(run.average(way, runs.place(way), [[name]]) for run in runs.of(way)) for way in shown]
         lines.append(f"| {task.title} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
     return lines
 
