@@ -103,9 +103,12 @@ class Runs:
         place = self.place(way) if arrivals is None else arrivals
         return [run for run in self.all if (way, place) in run.found]
 
-    def average(self, way: str, arrivals: int | None = None) -> float:
-        place = self.place(way) if arrivals is None else arrivals
-        return mean(run.average(way, place) for run in self.of(way, place))
+    def through(self, way: str) -> list[Run]:
+        """The runs in which the way was made at every arrival."""
+        return [run for run in self.of(way) if all((way, n) in run.found for n in range(1, self.last + 1))]
+
+    def average(self, way: str) -> float:
+        return mean(run.average(way, self.place(way)) for run in self.of(way))
 
     def predictions(self, way: str, runs: list[Run]) -> dict[str, np.ndarray]:
         """By task, [runs, rows]."""
@@ -158,10 +161,10 @@ def arrival_table(runs: Runs) -> list[str]:
     """The mean of all tasks so far after every arrival, and that of the lowest run."""
     later = range(2, runs.last + 1)
     lines = table("all tasks after every arrival, mean and lowest run", "runs", *later)
-    for way in (way for way in runs.ways if runs.of(way, 2)):
-        means = [[run.average(way, n) for run in runs.of(way, n)] for n in later]
+    for way in (way for way in runs.ways if runs.through(way)):
+        means = [[run.average(way, n) for run in runs.through(way)] for n in later]
         cells = " | ".join(f"{mean(own):.3f}, {min(own):.3f}" for own in means)
-        lines.append(f"| {title(way)} | {len(means[-1])} | {cells} |")
+        lines.append(f"| {title(way)} | {len(runs.through(way))} | {cells} |")
     return lines
 
 
@@ -206,18 +209,16 @@ def removal_table(runs: Runs) -> list[str]:
 def plot(runs: Runs, path: Path) -> None:
     """The mean of all tasks so far after every arrival, one line a way."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for way in (way for way in (*LINES, *runs.replays) if runs.of(way)):
-        there = len(runs.of(way))
-        at = [n for n in range(1, runs.last + 1) if len(runs.of(way, n)) == there]
-        label = title(way).strip("*") + (f" ({there} of {len(runs.all)} runs)" if there < len(runs.all) else "")
-        heights = [runs.average(way, n) for n in at]
-        axes.plot(at, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=label)
-    for way in ("arrow", "dare_ties", "hidden-gates"):
-        if way in runs.ways:
-            axes.plot([runs.last], [runs.average(way)], "x", label=title(way))
-    axes.set(
-        xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=range(1, runs.last + 1)
-    )
+    arrivals = range(1, runs.last + 1)
+    for way in (way for way in (*LINES, *runs.replays) if runs.through(way)):
+        there = runs.through(way)
+        heights = [mean(run.average(way, n) for run in there) for n in arrivals]
+        label = f"{title(way).strip('*')} ({len(there)} runs)"
+        axes.plot(arrivals, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=label)
+    for way in ("joint", "arrow", "dare_ties", "hidden-gates"):
+        if way in runs.ways and not runs.through(way):
+            axes.plot([runs.last], [runs.average(way)], "x", label=f"{title(way)} ({len(runs.of(way))} runs)")
+    axes.set(xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=arrivals)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
