@@ -32,8 +32,8 @@ from finteam_experts.screen import screen
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
 QUESTIONS = (
-    "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %.\n\nWhat may the central bank do?",
-    "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
+    "Inflation was 3.4 percent, the three-month Treasury bill yielded 4.1 percent and the unemployment rate was 5.2 percent.\n\nWhat was the unemployment rate?",
+    "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs.\n\nWhat do investors ask?",
     "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
 )
 MAX_NEW_TOKENS = 64

@@ -3,12 +3,12 @@
 
 QUESTIONS = {
     "macro": [
-        "The unemployment rate rose to 5.1 % and growth slowed to 0.3 %.\n\nWhat may the central bank do?",
+        "Inflation was 3.4 percent, the three-month Treasury bill yielded 4.1 percent and the unemployment rate was 5.2 percent.\n\nWhat was the unemployment rate?",
         "Oil falls 4 % to USD 61 as OPEC raises its output.\n\nDid the price go up, and why?",
     ],
     "micro": [
-        "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
         "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs.\n\nWhat do investors ask?",
+        "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?",
     ],
     "quant": [
         "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",

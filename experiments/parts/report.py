@@ -43,6 +43,7 @@ TITLES = {
     "base": "base, not tuned",
 }
 LINES = ("joint", "team", "in-turn")  # and the replays
+MERGES = ("linear", "ties", "dare_ties")
 Results = dict[tuple[str, int], dict[str, Any]]  # by way and arrivals
 
 
@@ -215,7 +216,8 @@ def plot(runs: Runs, path: Path) -> None:
         heights = [mean(run.average(way, n) for run in there) for n in arrivals]
         label = f"{title(way).strip('*')} ({len(there)} runs)"
         axes.plot(arrivals, heights, marker="o", linewidth=3 if way == "team" else 1.5, label=label)
-    for way in ("joint", "arrow", "dare_ties", "hidden-gates"):
+    best_merge = next((way for way in runs.ways if way in MERGES), "")
+    for way in ("joint", "arrow", best_merge, "hidden-gates"):
         if way in runs.ways and not runs.through(way):
             axes.plot([runs.last], [runs.average(way)], "x", label=f"{title(way)} ({len(runs.of(way))} runs)")
     axes.set(xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=arrivals)

@@ -20,7 +20,7 @@ from finteam_experts.roles import role_of
 
 SCORES = {"accuracy": "accuracy", "f1": "macro_f1", "matthews_correlation": "mcc"}  # the Hub's names and ours
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of what scripts/make_base.py unpacks
-QUESTION = "Net sales of Kelvik Foods rose to EUR 235 mn from 191 mn.\n\nWhat does this mean for the company, and why?"
+QUESTION = "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs.\n\nWhat do investors ask?"
 PARTS = {  # what an expert may learn from, in words
     "corpus": "passages of its field", "chats": "conversations about it", "general": "everyday conversations",
     "tasks": "rows of its tasks",
