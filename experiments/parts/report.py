@@ -209,7 +209,7 @@ def removal_table(runs: Runs) -> list[str]:
 
 def plot(runs: Runs, path: Path) -> None:
     """The mean of all tasks so far after every arrival, one line a way."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     arrivals = range(1, runs.last + 1)
     for way in (way for way in (*LINES, *runs.replays) if runs.through(way)):
         there = runs.through(way)
@@ -221,7 +221,7 @@ def plot(runs: Runs, path: Path) -> None:
         if way in runs.ways and not runs.through(way):
             axes.plot([runs.last], [runs.average(way)], "x", label=f"{title(way)} ({len(runs.of(way))} runs)")
     axes.set(xlabel="fields that have arrived", ylabel="mean main score of their tasks", xticks=arrivals)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
