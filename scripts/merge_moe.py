@@ -67,11 +67,16 @@ def main() -> None:
     base_config, known_base = check_base(base), fingerprint(base)
     experts = {role: args.run_dir / "experts" / role for role in trained}
     adapters = {role: args.run_dir / "adapters" / role for role in trained}
-    handed_over = [role for role in trained if experts[role].is_dir() and not adapters[role].exists()]
+    handed_over = [
+        role
+        for role in trained
+        if experts[role].is_dir() and not adapters[role].exists() and not runs.work_folder(adapters[role]).exists()
+    ]
     trunk = trunk_fingerprint(base) if handed_over else ""
     for role in trained:
         if role in handed_over:
             check_expert(experts[role], base, trunk)
+            print(f"{experts[role]} has no adapter in {args.run_dir}: it is taken as it was handed over")
         else:
             check_adapter(adapters[role], role, known_base)
     if not (args.run_dir / "moe").exists():

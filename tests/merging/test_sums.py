@@ -200,7 +200,7 @@ def test_hidden_states_that_are_not_finite_are_refused(done_run):
         compute_sums(model, form.tokenizer, [excerpt([1, 2, 3])], trunk="")
 
 
-def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run):
+def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run, capsys):
     run, where = copied_run, ("--run_dir", copied_run, "--base", copied_run / "base")
     with pytest.raises(InputError, match="--from_sums: no router sums of macro"):
         call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
@@ -211,11 +211,18 @@ def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run):
     team = [load_sums(run / f"experts/{role}/router_sums.safetensors") for role in ROLES]
     assert torch.equal(8 * solve_gates(team, 0.01), read_gates(run / "moe"))
     assert load_sums(run / "moe/router_sums/quant.safetensors").tokens == team[2].tokens
+    training = (run / "adapters/quant").rename(run / "adapters/quant.incomplete")
+    with pytest.raises(
+        InputError, match="adapters/quant is not finished"
+    ):  # and its old expert is no one's to hand over
+        call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
+    training.rename(run / "adapters/quant")
     shutil.rmtree(run / "adapters")  # a dense expert and its sums are all that has to be handed over
     before = runs.read_record(run / "moe")["inputs"]
     call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
     assert torch.equal(8 * solve_gates(team, 0.01), read_gates(run / "moe"))
     assert runs.read_record(run / "moe")["inputs"]["experts"].keys() == before["adapters"].keys()
+    assert "experts/quant has no adapter in" in capsys.readouterr().out
     data.rename(run / "data")
     call("scripts/report_routing.py", *where, "--name", "from_sums")
     report = read_json(run / "reports/from_sums.json")

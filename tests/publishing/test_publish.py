@@ -275,6 +275,10 @@ def test_a_team_whose_adapters_are_elsewhere_is_published_without_them(copied_ru
     repos = run.repos(["dense", "adapters", "moe", "moe-instruct", "space"])
     assert [repo.part for repo in repos] == ["moe", "moe-instruct", "space"]
     assert metadata(run, repos[0], "apache-2.0", []).base_model == ["owner/toy"]
+    record = read_json(copied_run / "moe/finteam.json")
+    del record["inputs"]["base"]  # as in a team that was changed
+    (copied_run / "moe/finteam.json").write_text(json.dumps(record))
+    assert PublishedRun(copied_run, "owner", NAME, None).dense == "base"
     (copied_run / "base").rename(copied_run / "gone")
     with pytest.raises(InputError, match="merged from a base that is neither its folder base nor trunk"):
         _ = PublishedRun(copied_run, "owner", NAME, None).dense

@@ -12,7 +12,7 @@ from typing import Any
 from finteam_experts import runs
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
-from finteam_experts.fingerprints import trunk_fingerprint
+from finteam_experts.fingerprints import is_model, trunk_fingerprint
 from finteam_experts.models import ADAPTER_FILE, COMPANION_FILES, local_folder
 from finteam_experts.roles import role_of
 
@@ -78,13 +78,15 @@ class PublishedRun:
 
     @cached_property
     def dense(self) -> str:
-        """What adapters and merge are built on: the base, or a trunk that saw all corpora. A team has its attention."""
+        """What adapters and merge are built on: the base, or a trunk that saw all corpora."""
         moe = self.run_dir / "moe"
-        runs.require(moe, "scripts/merge_moe.py")
-        trunk = trunk_fingerprint(moe)
+        merged_from = runs.require(moe, "scripts/merge_moe.py")["inputs"].get("base")
         for part in ("trunk", "base"):
             folder = self.run_dir / part
-            if folder.is_dir() and trunk_fingerprint(folder) == trunk:
+            # a team that was changed does not say, but has the attention of its trunk
+            if folder.is_dir() and (
+                is_model(folder, merged_from) if merged_from else trunk_fingerprint(folder) == trunk_fingerprint(moe)
+            ):
                 return part
         if self.base_model:  # it was named with --base and is not in the run folder
             return "base"
