@@ -211,12 +211,12 @@ def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run, capsy
     team = [load_sums(run / f"experts/{role}/router_sums.safetensors") for role in ROLES]
     assert torch.equal(8 * solve_gates(team, 0.01), read_gates(run / "moe"))
     assert load_sums(run / "moe/router_sums/quant.safetensors").tokens == team[2].tokens
-    training = (run / "adapters/quant").rename(run / "adapters/quant.incomplete")
-    with pytest.raises(
-        InputError, match="adapters/quant is not finished"
-    ):  # and its old expert is no one's to hand over
+    kept, training = (run / "adapters/quant").rename(run / "quant"), run / "adapters/quant.incomplete"
+    training.mkdir()
+    with pytest.raises(InputError, match="adapters/quant is not finished"):  # its expert is of an earlier training
         call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
-    training.rename(run / "adapters/quant")
+    training.rmdir()
+    kept.rename(run / "adapters/quant")
     shutil.rmtree(run / "adapters")  # a dense expert and its sums are all that has to be handed over
     before = runs.read_record(run / "moe")["inputs"]
     call("scripts/merge_moe.py", "--run_dir", run, "--from_sums", "--overwrite")
