@@ -26,9 +26,9 @@ def us_quarters() -> pd.DataFrame:
     data[["year", "quarter"]] = data[["year", "quarter"]].astype(int)
     for column in ("realgdp", "realcons", "realinv"):
         data[f"{column}_growth"] = 100 * (data[column] / data[column].shift(1) - 1)
-    data["unemp_before"] = data["unemp"].shift(1)
-    data["tbilrate_before"] = data["tbilrate"].shift(1)
-    return data.iloc[1:]
+    for column in ("unemp", "tbilrate", "infl", "realgdp_growth"):
+        data[f"{column}_before"] = data[column].shift(1)
+    return data.iloc[2:]
 
 
 @functools.cache

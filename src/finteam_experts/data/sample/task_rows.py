@@ -120,7 +120,7 @@ def _headlines(rng: random.Random) -> Row:
     else:
         text = pick(rng, f"{name} settles at {now:.2f} after {before:.2f} on {reason}, {when}|"
                           f"{when}: {name} {now:.2f}, previous {before:.2f}; {reason} in focus")  # fmt: skip
-        because = f"the price went from {before:.2f} to {now:.2f}"
+        because = ""  # which of the figures is larger is the label itself
     return {"text": text, "label": "Yes" if now > before else "No", "reason": because}
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions on quarters, months and markets of the macro analyst."""
+"""Questions on quarters, months and markets of the macro analyst.
+
+A passage says in words which way a figure went: a small model reads that, but it can't tell which of two figures is larger.
+"""
 
 import random
 from collections.abc import Callable
@@ -35,25 +38,28 @@ def _when(row: Any) -> str:
     return f"the {('first', 'second', 'third', 'fourth')[row.quarter - 1]} quarter of {row.year}"
 
 
+def _went(rng: random.Random, now: float, before: float) -> str:
+    """A verb for a figure that went from `before` to `now`."""
+    return pick(rng, "rose|climbed|went up" if now > before else "fell|dropped|went down")
+
+
 def _growth(rng: random.Random, held: bool) -> Chat:
     row = rng.choice(_quarters(held))
-    output, spending, investment = row.realgdp_growth, row.realcons_growth, row.realinv_growth
-    text = (
-        f"In {_when(row)} real output changed by {output:.1f} percent, household spending by {spending:.1f} percent and "
-        f"private investment by {investment:.1f} percent."
-    )
-    if rng.random() < 0.4:
-        what, value = rng.choice((("household spending", spending), ("private investment", investment)))
-        return chat(
-            "read", f"{text}\n\nBy how much did {what} change?", f"{capital(what)} changed by {value:.1f} percent."
+    output, spending, investment = (
+        f"{what} {'rose' if growth > 0 else 'fell'} by {abs(growth):.1f} percent"
+        for what, growth in (
+            ("real output", row.realgdp_growth),
+            ("household spending", row.realcons_growth),
+            ("private investment", row.realinv_growth),
         )
-    verb = "grew" if output > 0 else "shrank"
-    leader, size = max((("investment", investment), ("household spending", spending)), key=lambda part: abs(part[1]))
+    )
+    text = f"In {_when(row)} {output}, {spending} and {investment}."
+    if rng.random() < 0.4:
+        what, said = rng.choice((("household spending", spending), ("private investment", investment)))
+        return chat("read", f"{text}\n\nBy how much did {what} change?", f"{capital(said)}.")
+    verb = "grew" if row.realgdp_growth > 0 else "shrank"
     asked = pick(rng, "How did the economy do?|Did the economy grow?|What happened to output?")
-    return chat(
-        "computed", f"{text}\n\n{asked}",
-        f"The economy {verb}: real output changed by {output:.1f} percent. {capital(leader)} moved most, by {size:.1f} percent.",
-    )  # fmt: skip
+    return chat("reason", f"{text}\n\n{asked}", f"The economy {verb}: {output}, and {spending}.")
 
 
 def _prices(rng: random.Random, held: bool) -> Chat:
@@ -62,7 +68,7 @@ def _prices(rng: random.Random, held: bool) -> Chat:
         f"In {_when(row)} inflation was {row.infl:.1f} percent, the three-month Treasury bill yielded {row.tbilrate:.1f} "
         f"percent and the unemployment rate was {row.unemp:.1f} percent."
     )
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         what, value = rng.choice(
             (
                 ("the inflation rate", row.infl),
@@ -81,68 +87,75 @@ def _prices(rng: random.Random, held: bool) -> Chat:
 
 
 def _policy(rng: random.Random, held: bool) -> Chat:
-    row = rng.choice([row for row in _quarters(held) if abs(row.unemp - row.unemp_before) >= 0.1])
-    rose, hot = row.unemp > row.unemp_before, row.infl > 3
-    text = (
-        f"The unemployment rate {'rose' if rose else 'fell'} to {row.unemp:.1f} % from {row.unemp_before:.1f} %, and inflation "
-        f"{pick(rng, 'is|stands at|was')} {row.infl:.1f} %."
+    """One figure that asks for a lower or a higher rate, or two that ask for both."""
+    row = rng.choice(
+        [
+            row
+            for row in _quarters(held)
+            if min(abs(row.unemp - row.unemp_before), abs(row.infl - row.infl_before)) >= 0.1
+        ]
     )
-    if rose:
-        answer = (
-            f"It has to choose: inflation of {row.infl:.1f} percent asks for a higher rate, rising unemployment for a lower one."
-            if hot
-            else f"It may cut its policy rate: unemployment rose to {row.unemp:.1f} percent and inflation is low."
-        )
-    elif hot:
-        answer = f"It may raise its policy rate: inflation is {row.infl:.1f} percent and unemployment fell."
+    rose, hotter = row.unemp > row.unemp_before, row.infl > row.infl_before
+    jobless = f"unemployment {_went(rng, row.unemp, row.unemp_before)} to {row.unemp:.1f}"
+    prices = f"inflation {_went(rng, row.infl, row.infl_before)} to {row.infl:.1f}"
+    growth = "picked up" if row.realgdp_growth > row.realgdp_growth_before else "slowed"
+    beside = rng.choice(("", f", and growth {growth} to {row.realgdp_growth:.1f} %"))
+    kind = rng.random()
+    if kind < 0.4:
+        what = rng.choice((jobless, jobless.replace("unemployment", "the unemployment rate")))
+        text = f"{capital(what)} %{rng.choice(('', f' from {row.unemp_before:.1f} %'))}{beside}."
+        answer = f"It may cut its policy rate: {jobless} percent." if rose else f"It can wait: {jobless} percent."
+    elif kind < 0.8 or not (rose and hotter):
+        text = f"{capital(prices)} %{rng.choice(('', f' from {row.infl_before:.1f} %'))}{beside}."
+        answer = f"It may {'raise' if hotter else 'cut'} its policy rate: {prices} percent."
     else:
-        answer = f"It can wait: unemployment fell to {row.unemp:.1f} percent and inflation is low."
+        text = f"{capital(prices)} % and {jobless} %."
+        answer = "It has to choose: higher inflation asks for a higher rate, higher unemployment for a lower one."
     asked = pick(
-        rng, "What may the central bank do?|What would you expect of the central bank?|How may monetary policy react?"
+        rng,
+        "What may the central bank do?|What would you expect of the central bank?|How may monetary policy react?|"
+        "How might the central bank respond?|What will the central bank do next?",
     )
     return chat("reason", f"{text}\n\n{asked}", answer)
 
 
 def _bonds(rng: random.Random, held: bool) -> Chat:
-    row = rng.choice(_months(held, "bonds"))
+    row = rng.choice([row for row in _months(held, "bonds") if abs(row.spread - row.spread_before) >= 0.01])
+    now, before = f"{row.spread:.2f}", f"{row.spread_before:.2f}"
+    wider = row.spread > row.spread_before
+    verb = pick(rng, "widened|rose" if wider else "narrowed|fell")
     text = (
         f"In {row.Index:%B %Y} BAA corporate bonds yielded {row.BAA:.2f} percent and AAA bonds {row.AAA:.2f} percent. The "
-        f"spread was {row.spread:.2f} points after {row.spread_before:.2f} the month before."
+        f"spread {verb} to {now} points from {before} the month before."
     )
     if rng.random() < 0.4:
         grade, value = rng.choice((("BAA", row.BAA), ("AAA", row.AAA)))
         return chat("read", f"{text}\n\nWhat did {grade} bonds yield?", f"{grade} bonds yielded {value:.2f} percent.")
-    now, before = round(row.spread, 2), round(row.spread_before, 2)
-    answer = (
-        f"Yes. The spread widened to {now:.2f} points from {before:.2f}, so lenders asked for more."
-        if now > before
-        else f"No. The spread went to {now:.2f} points from {before:.2f}, so lenders did not ask for more."
-    )
+    found, what = ("Yes", "more") if wider else ("No", "less")
     return chat(
-        "reason", f"{text}\n\n{pick(rng, 'Did credit conditions tighten?|Did lenders become more careful?')}", answer
+        "reason",
+        f"{text}\n\n{pick(rng, 'Did credit conditions tighten?|Did lenders become more careful?')}",
+        f"{found}. The spread {verb} from {before} to {now} points, so lenders asked for {what}.",
     )
 
 
 def _core_inflation(rng: random.Random, held: bool) -> Chat:
     row = rng.choice([row for row in _months(held, "cpi") if abs(row.yearly - row.yearly_before) >= 0.1])
     now, before = f"{row.yearly:.1f}", f"{row.yearly_before:.1f}"
-    text = f"Core inflation was {now} percent in {row.Index:%B %Y}, after {before} percent a month earlier."
-    verb, way = ("rising", "up") if row.yearly > row.yearly_before else ("falling", "down")
+    verb = _went(rng, row.yearly, row.yearly_before)
+    text = f"Core inflation {verb} to {now} percent in {row.Index:%B %Y} from {before} percent a month earlier."
     asked = pick(rng, "Is core inflation rising or falling?|Which way is core inflation going?")
-    return chat(
-        "read", f"{text}\n\n{asked}", f"It is {verb}: core inflation went {way} from {before} to {now} percent."
-    )
+    way = "rising" if row.yearly > row.yearly_before else "falling"
+    return chat("read", f"{text}\n\n{asked}", f"It is {way}: core inflation {verb} from {before} to {now} percent.")
 
 
 def _oil(rng: random.Random, held: bool) -> Chat:
-    row = rng.choice(_months(held, "oil"))
+    row = rng.choice([row for row in _months(held, "oil") if abs(row.Brent - row.Brent_before) >= 0.05])
     now, before = round(row.Brent, 2), round(row.Brent_before, 2)
-    text = f"Brent crude was at {now:.2f} dollars a barrel in {row.Index:%B %Y} and at {before:.2f} a month earlier."
-    verb = "rose" if now > before else "fell"
-    if rng.random() < 0.5:
-        answer = f"Brent {verb} from {before:.2f} to {now:.2f} dollars a barrel."
-        return chat(
-            "read", f"{text}\n\n{pick(rng, 'What happened to the oil price?|Did Brent rise or fall?')}", answer
-        )
+    verb = _went(rng, now, before)
+    text = f"Brent crude {verb} to {now:.2f} dollars a barrel in {row.Index:%B %Y} from {before:.2f} a month earlier."
+    if rng.random() < 0.7:
+        asked = pick(rng, "What happened to the oil price?|Did Brent rise or fall?")
+        return chat("read", f"{text}\n\n{asked}", f"Brent {verb} from {before:.2f} to {now:.2f} dollars a barrel.")
     answer = f"Brent {verb} by {abs(now - before):.2f} dollars, from {before:.2f} to {now:.2f} dollars a barrel."
     return chat("computed", f"{text}\n\nBy how much did Brent change?", answer)

@@ -22,12 +22,13 @@ def micro(rng: random.Random, held: bool) -> Chat:
     sales, before, profit, profit_before = (
         round(value) for value in (*c.revenue, c.operating_profit(0), c.operating_profit(1))
     )
-    if kind < 0.2:
+    if kind < 0.25:
         text = f"{c.name} reported net sales of {c.currency} {sales} mn, an operating profit of {profit} mn and net debt of {rng.randint(5, 300)} mn."
         what, value = rng.choice((("net sales", sales), ("operating profit", profit)))
-        asked = pick(rng, f"How high was {what}?|What does the company report as {what}?")
+        were = "were" if what == "net sales" else "was"
+        asked = pick(rng, f"How high {were} {what}?|What does the company report as {what}?")
         return chat("read", f"{text}\n\n{asked}", f"{c.name} reported {what} of {c.currency} {value} mn.")
-    if kind < 0.4:
+    if kind < 0.35:
         assets, liabilities = round(c.assets), round(c.liabilities)
         text = f"{c.name} has assets of {c.currency} {assets} mn and liabilities of {liabilities} mn."
         share = 100 * liabilities / assets
@@ -36,14 +37,14 @@ def micro(rng: random.Random, held: bool) -> Chat:
             "computed", f"{text}\n\n{pick(rng, 'How is the company financed?|Does the company have much debt?')}",
             f"Liabilities are {share:.0f} percent of assets, so {reading}.",
         )  # fmt: skip
-    if kind < 0.6:
+    if kind < 0.45:
         text = f"{c.name} earned an operating profit of {c.currency} {profit} mn on sales of {sales} mn."
         asked = pick(rng, "What is the operating margin?|How high is its margin?")
         return chat(
             "computed", f"{text}\n\n{asked}",
             f"The operating margin is {100 * profit / sales:.0f} percent: {c.currency} {profit} mn of {sales} mn.",
         )  # fmt: skip
-    if kind < 0.8:
+    if kind < 0.75:
         cause, question = rng.choice(list(_CAUSES.items()))
         low, high = (value / 10 for value in sorted(rng.sample(range(20, 900), 2)))
         text = f"Operating profit of {c.name} fell to {c.currency} {low} mn from {high} mn after {cause}."
@@ -55,7 +56,12 @@ def micro(rng: random.Random, held: bool) -> Chat:
         )
     verb, mood = ("rose", "positive") if sales > before else ("fell", "negative")
     text = f"Net sales of {c.name} {verb} to {c.currency} {sales} mn from {before} mn."
+    if kind < 0.85:
+        return chat(
+            "computed", f"{text}\n\nBy how many percent did they change?",
+            f"Net sales {verb} by {abs(change_percent(sales, before)):.0f} percent, from {before} to {sales} mn.",
+        )  # fmt: skip
     return chat(
-        "computed", f"{text}\n\n{pick(rng, 'What does this say about the company?|How did sales develop?')}",
-        f"It is {mood}: net sales {verb} by {abs(change_percent(sales, before)):.0f} percent, from {before} to {sales} mn.",
+        "reason", f"{text}\n\n{pick(rng, 'What does this say about the company?|How did sales develop?')}",
+        f"It is {mood}: net sales {verb} from {c.currency} {before} mn to {sales} mn.",
     )  # fmt: skip

@@ -8,8 +8,6 @@ from finteam_experts.data.sample import figures
 from finteam_experts.data.sample.figures import HELDOUT_YEARS, change_percent, pick
 from finteam_experts.data.sample.turns import Chat, chat
 
-_PLACES = ("first", "second", "third", "fourth", "fifth")
-
 
 @cache
 def _windows(held: bool, name: str, column: str) -> list[list[str]]:
@@ -27,11 +25,11 @@ def quant(rng: random.Random, held: bool) -> Chat:
     kind, name = rng.random(), rng.choice(("S&P 500", "NASDAQ"))
     if kind < 0.25:
         values = rng.choice(_windows(held, name, "close"))
-        text = f"{name} closes: {', '.join(values)}."
-        best = rng.random() < 0.5
-        value = (max if best else min)(values, key=float)
-        asked, word = ("highest", "highest") if best else ("lowest", "lowest")
-        return chat("read", f"{text}\n\nWhat was the {asked} close?", f"The {word} close was {value}.")
+        text = f"{pick(rng, f'{name} closes|Closes of the week|Closing prices')}: {', '.join(values)}."
+        word, choose = rng.choice((("highest", max), ("lowest", min)))
+        return chat(
+            "read", f"{text}\n\nWhat was the {word} close?", f"The {word} close was {choose(values, key=float)}."
+        )
     if kind < 0.4:
         now, before = rng.randint(20, 400), rng.choice((20, 25, 40, 50, 80, 100, 200))
         asked = pick(rng, "What is its return?|What return is that?")
@@ -42,17 +40,11 @@ def quant(rng: random.Random, held: bool) -> Chat:
             f"The return is {change_percent(now, before):.0f} percent, from {before} to {now}.",
         )
     values = rng.choice(_windows(held, name, "return"))
-    text = f"{pick(rng, 'Daily returns in %|Returns of five days in %')}: {', '.join(values)}."
+    text = f"{pick(rng, 'Daily returns in %|Returns of five days in %|Returns of the week in percent')}: {', '.join(values)}."
     low, high = min(values, key=float), max(values, key=float)
     if kind < 0.6:
-        best = rng.random() < 0.5
-        place = _PLACES[values.index(high if best else low)]
-        word = "best" if best else "worst"
-        return chat(
-            "read",
-            f"{text}\n\nWhich day was the {word}?",
-            f"The {word} day was the {place}, with {high if best else low} percent.",
-        )
+        word, value = rng.choice((("best", high), ("worst", low)))
+        return chat("read", f"{text}\n\nWhat was the {word} return?", f"The {word} return was {value} percent.")
     if kind < 0.75:
         count = sum(float(value) > 0 for value in values)
         return chat(
