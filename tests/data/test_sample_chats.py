@@ -42,6 +42,19 @@ def test_answers_are_whole_sentences_in_which_no_label_stands_alone(drawn):
             assert len(answer.split()) >= 4
 
 
+def test_a_macro_passage_says_which_way_its_figures_went():
+    """A small model reads "fell to 2.4 percent"; that 2.4 is less than 2.8 it can't tell."""
+    ways = re.compile(r"\b(rose|rising|climbed|went up|grew|widened|fell|falling|dropped|went down|shrank|narrowed)\b")
+    told = [
+        (asked.split("\n\n")[0], answer)
+        for chat in chats("macro", 500, 0, random.Random("7 macro"))[0]
+        for asked, answer in [texts(chat)]
+        if chat["kind"] in ("read", "reason") and ways.search(answer)
+    ]
+    assert len(told) > 100
+    assert [answer for passage, answer in told if not ways.search(passage)] == []
+
+
 def test_no_question_is_in_both_splits(drawn):
     train, heldout = ({chat["messages"][0]["content"] for chat in part} for part in drawn)
     assert len(train) == 500
