@@ -23,10 +23,11 @@ from finteam_experts import families, models
 from finteam_experts.data.mixture import row_limits
 from finteam_experts.data.tasks import default_tasks
 from finteam_experts.errors import InputError, check_number, run
-from finteam_experts.files import check_disk_room, read_yaml
+from finteam_experts.files import check_disk_room
 from finteam_experts.merging.config import read_merge_config, roles, trained_roles
 from finteam_experts.screen import screen
 from finteam_experts.training import planning
+from finteam_experts.training.arguments import BaseModelConfig, RunArguments, TaskRowArguments, read_recipe
 from finteam_experts.training.planning import Devices, Shape, Training
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -60,7 +61,9 @@ def read_config(base: str) -> PretrainedConfig:
 
 def training_of(path: Path, args: argparse.Namespace, *, sharded: bool) -> Training:
     """A recipe's settings as a plan needs them."""
-    recipe = {field.name: field.default for field in dataclasses.fields(SFTConfig)} | read_yaml(path)
+    read = read_recipe(path, (RunArguments, TaskRowArguments, SFTConfig, BaseModelConfig), other_keys=True)
+    recipe = {field.name: field.default for field in dataclasses.fields(SFTConfig)} | read
+    check_number(f"{path}: steps_per_task", recipe.get("steps_per_task"), least=1)
     batch, accumulation = recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]
     if rows_per_step := recipe.get("rows_per_step"):
         if rows_per_step % (batch * args.gpus):
@@ -70,6 +73,8 @@ def training_of(path: Path, args: argparse.Namespace, *, sharded: bool) -> Train
             )
         accumulation = rows_per_step // (batch * args.gpus)
     packed, steps = recipe["packing"], recipe["max_steps"]
+    if packed and recipe["max_length"] is None:
+        raise InputError(f"{path}: packing is true and max_length null. Packed rows need a length: set max_length.")
     tokens = recipe["max_length"] if packed else args.row_tokens
     if steps < 0 and (each := recipe.get("steps_per_task")):
         steps = round(each * len(default_tasks()) / len(trained_roles(read_merge_config(args.merge_config))))

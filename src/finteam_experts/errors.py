@@ -40,9 +40,11 @@ def check_number(
     name: str, value: float | None, *, least: float | None = None, above: float | None = None,
     most: float | None = None, below: float | None = None,
 ) -> None:  # fmt: skip
-    """Raise `InputError` unless the value of the setting `name` is finite and within these bounds; `None` is no value."""
+    """Raise `InputError` unless the setting `name` is a finite number within these bounds; `None` is no value."""
     if value is None:
         return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} is {value!r}; it has to be a number.")
     bounds = ((least, "{} or more", operator.ge), (above, "above {}", operator.gt),
               (most, "{} or less", operator.le), (below, "below {}", operator.lt))  # fmt: skip
     given = [(bound, text, holds) for bound, text, holds in bounds if bound is not None]

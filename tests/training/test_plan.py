@@ -189,6 +189,26 @@ def test_devices_that_cannot_share_a_batch_and_bases_without_config_are_refused(
         call("scripts/plan.py", "--base", tmp_path / "nothing", "--gpus", 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("instruct_tune_moe", {"per_device_train_batch_size": "four"}, "per_device_train_batch_size is 'four'"),
+        ("instruct_tune_moe", {"rows_per_step": -8}, "rows_per_step is -8; it has to be 1 or more"),
+        ("instruct_tune_dense", {"max_steps": 2.5}, "max_steps is 2.5: input should be a valid integer"),
+        ("instruct_tune_dense", {"packing": True, "max_length": None}, "Packed rows need a length"),
+        ("train_expert", {"steps_per_task": "twelve"}, "steps_per_task is 'twelve'; it has to be a number"),
+        ("train_expert", {"steps_per_task": 0}, "steps_per_task is 0; it has to be 1 or more"),
+    ],
+)
+def test_a_wrong_value_of_a_recipe_is_named_with_its_file(eight_billion, tmp_path, name, setting, message):
+    folder = shutil.copytree(REPOSITORY / "recipes/llama3-8b", tmp_path / "recipes")
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | setting))
+    with pytest.raises(InputError, match=message) as raised:
+        call("scripts/plan.py", "--base", eight_billion, "--recipes", folder, "--gpus", 8)
+    assert str(file) in str(raised.value)
+
+
 def test_a_disk_that_is_too_small_is_named(plan, eight_billion, monkeypatch, tmp_path):
     free = shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)

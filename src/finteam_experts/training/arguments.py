@@ -19,10 +19,10 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from finteam_experts.data.mixture import row_limits
 from finteam_experts.data.tasks import Tasks
-from finteam_experts.errors import InputError, check_number, nearest
+from finteam_experts.errors import InputError, nearest
 from finteam_experts.families import is_moe
 from finteam_experts.files import read_yaml
-from finteam_experts.training.refused import check_settings, default_of
+from finteam_experts.training.refused import check_bounds, check_settings, default_of
 
 # Settings that change what is shown, kept or where it is, never the weights: two runs may differ in them.
 _NOT_INPUTS = (
@@ -68,7 +68,7 @@ class RunArguments:
         processes, rows = PartialState().num_processes, training_args.per_device_train_batch_size
         if training_args.gradient_accumulation_steps != 1:
             raise InputError("rows_per_step and gradient_accumulation_steps are both set. Leave the second one out.")
-        if self.rows_per_step < 1 or self.rows_per_step % (processes * rows):
+        if self.rows_per_step % (processes * rows):
             raise InputError(
                 f"rows_per_step is {self.rows_per_step}, which {processes} processes of per_device_train_batch_size {rows} can't "
                 f"share equally. Launch another number of processes, or set one of the two so that {self.rows_per_step} is a "
@@ -164,7 +164,7 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
     if "--config" in sys.argv:
         if sys.argv[-1] == "--config":
             raise InputError("--config needs a recipe: --config recipes/sample/train_expert.yaml")
-        recipe = _check_recipe(Path(sys.argv[sys.argv.index("--config") + 1]), argument_classes, fields)
+        recipe = read_recipe(Path(sys.argv[sys.argv.index("--config") + 1]), argument_classes)
     try:
         parser = TrlParser(argument_classes, allow_abbrev=False)
         if "bf16" in fields and (recipe.get("use_cpu") or not torch.accelerator.is_available()):
@@ -183,12 +183,19 @@ def parse(argument_classes: tuple[type, ...]) -> tuple[Any, ...]:
     return tuple(parsed)
 
 
-def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[str, dataclasses.Field]) -> dict:
-    """The recipe's content, checked."""
+def read_recipe(path: Path, argument_classes: tuple[type, ...], *, other_keys: bool = False) -> dict[str, Any]:
+    """A recipe's content, checked against these dataclasses.
+
+    Raises `InputError` for a value of a wrong type or size, and for a key that they don't have, unless `other_keys` may be
+    there.
+    """
+    fields = {f.name: f for cls in argument_classes for f in dataclasses.fields(cls)}
     types = {name: hint for cls in argument_classes for name, hint in get_type_hints(cls).items()}
     recipe = read_yaml(path)
     for key, value in recipe.items():
         if key not in fields:
+            if other_keys:
+                continue
             hint = " Did you mean 'model_name_or_path'?" if key == "base" else nearest(str(key), fields)
             raise InputError(f"{path}: unknown key '{key}'.{hint}")
         if value == fields[key].default:
@@ -207,8 +214,7 @@ def _check_recipe(path: Path, argument_classes: tuple[type, ...], fields: dict[s
             continue
         except ValidationError as error:
             raise InputError(f"{path}: {key} is {value!r}: {error.errors()[0]['msg'].lower()}.") from None
-        if isinstance(value, float):
-            check_number(f"{path}: {key}", value)
+        check_bounds(f"{path}: {key}", key, value)
         if isinstance(value, float) and types[key] in (int, int | None):
             raise InputError(f"{path}: {key} is {value!r}; it must be a whole number, without a point.")
     return recipe

@@ -38,7 +38,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
                      "dataloader_num_workers", "routing_steps"), {"least": 0}),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), {"least": 0, "below": 1}),
     **dict.fromkeys(("seed", "data_seed"), {"least": 0, "below": 2**32}),
-    **dict.fromkeys(("heldout_passages", "routing_passages", "steps_per_task"), {"least": 1}),
+    **dict.fromkeys(("heldout_passages", "routing_passages", "rows_per_step", "steps_per_task"), {"least": 1}),
     "chat_share": {"least": 0, "most": 1},
 }  # fmt: skip
 
@@ -56,12 +56,17 @@ def check_settings(arguments: Any) -> None:
             if f.name == name or (name.endswith("_") and f.name.startswith(name)):
                 found = value.value if isinstance(value, Enum) else value
                 raise InputError(f"{f.name} is {found!r}, which a recipe can't set. {reason}")
-        if isinstance(value, int | float):
-            check_number(f.name, value, **_BOUNDS.get(f.name, {}))
+        check_bounds(f.name, f.name, value)
     if isinstance(arguments, SFTConfig):
         if arguments.save_strategy == "best":
             raise InputError(f"save_strategy is 'best'. {_SCORED} Set it to steps or epoch.")
         _check_schedule(arguments)
+
+
+def check_bounds(title: str, key: str, value: Any) -> None:
+    """Raise `InputError`, which calls the setting `title`, for a number that the setting `key` can't have."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        check_number(title, value, **_BOUNDS.get(key, {}))
 
 
 def _check_schedule(arguments: SFTConfig) -> None:
