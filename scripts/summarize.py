@@ -32,7 +32,7 @@ from finteam_experts.screen import screen
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
 QUESTIONS = (
-    "Inflation was 3.4 percent, the three-month Treasury bill yielded 4.1 percent and the unemployment rate was 5.2 percent.\n\nWhat was the unemployment rate?",
+    "The spread between BAA and AAA bonds widened to 1.40 points from 1.10 the month before.\n\nDid lenders become more careful?",
     "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs.\n\nWhat do investors ask?",
     "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
 )

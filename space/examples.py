@@ -3,7 +3,7 @@
 
 QUESTIONS = {
     "macro": [
-        "Inflation was 3.4 percent, the three-month Treasury bill yielded 4.1 percent and the unemployment rate was 5.2 percent.\n\nWhat was the unemployment rate?",
+        "The spread between BAA and AAA bonds widened to 1.40 points from 1.10 the month before.\n\nDid lenders become more careful?",
         "Oil falls 4 % to USD 61 as OPEC raises its output.\n\nDid the price go up, and why?",
     ],
     "micro": [
