@@ -42,6 +42,15 @@ class RecipeTrainer(SFTTrainer):
             return StratifiedSampler(whole[STRATUM], seed)
         return super()._get_train_sampler(train_dataset)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As transformers makes it, but no decay is longer than the training, which would begin near its end."""
+        options = self.args.lr_scheduler_kwargs or {}
+        if options.get("num_decay_steps", 0) > num_training_steps:
+            self.args.lr_scheduler_kwargs = options | {"num_decay_steps": num_training_steps}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
