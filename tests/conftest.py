@@ -134,7 +134,10 @@ def make_base(tmp_path_factory) -> Callable[..., Path]:
             num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
             pad_token_id=2, initializer_range=0.2, **overrides,
         )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config)
+        ends = model.get_input_embeddings().weight.data[config.eos_token_id]  # zero, since padding is written with it:
+        ends.normal_(std=config.initializer_range)  # no answer could learn to end
+        model.save_pretrained(folder)
         return folder
 
     return make

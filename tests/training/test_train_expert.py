@@ -213,7 +213,7 @@ def test_killed_and_resumed_equals_uninterrupted(new_run, tmp_path):
 def test_two_processes_under_accelerate(new_run):
     ended = shell(
         "accelerate", "launch", "--cpu", "--num_processes", "2", "recipes/train_expert.py", "--config", RECIPE,
-        "--run_dir", new_run, "--role", "macro", "--max_length", "256", *SHORT,
+        "--run_dir", new_run, "--role", "macro", "--max_length", "256", "--learn_from", "null", *SHORT,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     results = read_record(new_run / "adapters/macro")["results"]
