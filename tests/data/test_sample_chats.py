@@ -55,6 +55,20 @@ def test_a_macro_passage_says_which_way_its_figures_went():
     assert [answer for passage, answer in told if not ways.search(passage)] == []
 
 
+def test_a_figure_of_one_day_is_the_one_beside_its_name():
+    asked_of_days = 0
+    for chat in chats("quant", 500, 0, random.Random("7 quant"))[0]:
+        asked, answer = texts(chat)
+        if chat["kind"] == "read":
+            day, figure = re.search(r"on (\w+day) was (-?[\d.]+\d)", answer).groups()
+            passage, question = asked.split("\n\n")
+            assert day in question
+            assert f" {day} {figure}" in passage
+            assert len(set(re.findall(r"\w+day ", passage))) == 5
+            asked_of_days += 1
+    assert asked_of_days > 30
+
+
 def test_no_question_is_in_both_splits(drawn):
     train, heldout = ({chat["messages"][0]["content"] for chat in part} for part in drawn)
     assert len(train) == 500

@@ -2,6 +2,7 @@
 """The sample data: enough of it, the same for the same seed, figures that add up, neither trivial nor impossible."""
 
 import random
+import re
 
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
@@ -10,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 
 from conftest import call
 from finteam_experts.data.files import read_corpus, read_task
+from finteam_experts.data.sample import task_rows
 from finteam_experts.data.sample.figures import make_company
 from finteam_experts.data.tasks import default_tasks
 
@@ -62,3 +64,16 @@ def test_statements_add_up():
                 company.revenue[year] - sum(p[year] for p in parts), abs=0.11
             )
         assert company.equity() + company.liabilities == pytest.approx(company.assets, abs=0.11)
+
+
+@pytest.mark.parametrize("task", ["fpb", "headlines"])
+def test_a_row_says_which_way_its_figure_went(task):
+    """A small model can't tell which of two figures is larger: its score on rows of two figures alone would be luck."""
+    verbs = "|".join((task_rows._UP, task_rows._DOWN, task_rows._FLAT, task_rows._PRICE_UP, task_rows._PRICE_DOWN))
+    told = re.compile(rf"\b(?:{verbs}) |[+-]\d+\.\d+")
+    rows = task_rows.task_rows(task, 300, random.Random(5))
+    assert [row["text"] for row in rows if not told.search(row["text"])] == []
+    signed = [row for row in rows if re.search(r"[+-]\d+\.\d+", row["text"])]
+    assert len(signed) > 50
+    if task == "headlines":
+        assert all(row["label"] == ("Yes" if "+" in row["text"] else "No") for row in signed)

@@ -2,7 +2,7 @@
 """Sample conversations by role: what a passage says, what follows from it, why a label is right, and the field's knowledge.
 
 Every figure of an answer is in its passage or computed from it. A row's `kind` is `read` (the figure only has to be found),
-`computed`, `reason` (a label and what it follows from) or `knowledge`.
+`computed` (from several figures, or the largest of them), `reason` (a label and what it follows from) or `knowledge`.
 """
 
 import random

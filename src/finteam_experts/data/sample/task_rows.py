@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample rows of the four tasks. Every label is computed from the row's figures; the wording is drawn after it.
 
-Part of the rows say what happened in words, part leave it to the figures, and some words mislead (rising costs, a
-shrinking loss), so that counting words gets some way but not all the way.
+Part of the rows say what happened in words, part by a signed change, and some words mislead (rising costs, a shrinking
+loss), so that counting words gets some way but not all the way. No row gives two figures alone: a small model can't tell
+which is larger, and scores on such rows are luck.
 """
 
 import random
@@ -28,9 +29,9 @@ def task_rows(task: str, count: int, rng: random.Random) -> list[Row]:
 
 
 # The verbs of a company report for a figure that went up, down or nowhere.
-_UP = "rose to|increased to|climbed to|grew to|improved to|went up to|jumped to|advanced to|surged to|edged up to"
+_UP = "rose to|increased to|climbed to|grew to|went up to|jumped to|advanced to|surged to|edged up to"
 _DOWN = "fell to|decreased to|dropped to|declined to|went down to|slid to|shrank to|sank to|plunged to|slipped to"
-_FLAT = "was unchanged at|remained flat at|stayed at|was stable at|was level at|held steady at"
+_FLAT = "remained unchanged at|remained flat at|stayed at|remained stable at|stayed level at|held steady at"
 _GOOD_WHEN_UP = (
     "Operating profit|Net sales|Net profit|Pretax profit|Order intake|Revenue|Gross profit|Earnings|Cash flow"
 )
@@ -49,11 +50,16 @@ def _fpb(rng: random.Random) -> Row:
     if rng.random() < 0.75:
         verb = pick(rng, {1: _UP, -1: _DOWN, 0: _FLAT}[direction])
         text = f"{metric} of {name} {verb} EUR {now} mn {'after' if direction == 0 else 'from'} {before} mn."
+        moved = {1: "rose", -1: "fell", 0: "hardly changed, and went"}[direction]
+        reason = f"{metric.lower()} {moved} from EUR {before} mn to {now} mn"
     else:
-        text = pick(rng, f"{metric} of {name} was EUR {now} mn, against {before} mn a year earlier.|"
-                          f"{name}: {metric.lower()} EUR {now} mn (previous year {before} mn).")  # fmt: skip
-    moved = {1: "rose", -1: "fell", 0: "hardly changed, and went"}[direction]
-    return {"text": text, "label": label, "reason": f"{metric.lower()} {moved} from EUR {before} mn to {now} mn"}
+        percent = change_percent(now, before)
+        change = f"{percent:+.1f} %"
+        text = pick(rng, f"{metric} of {name} came to EUR {now} mn, {change} on the year before.|"
+                          f"{name}: {metric.lower()} EUR {now} mn (previous year {before} mn, {change}).")  # fmt: skip
+        moved = {1: "rose by", -1: "fell by", 0: "hardly changed, by"}[direction]
+        reason = f"{metric.lower()} {moved} {abs(percent):.1f} %"
+    return {"text": text, "label": label, "reason": reason}
 
 
 _CHEERS = (
@@ -75,20 +81,20 @@ def _fiqasa(rng: random.Random) -> Row:
     before = rng.randint(200, 900)
     now = round(before * (1 + rng.uniform(low, high) / 100))
     form = rng.random()
-    if form < 0.5:
+    if form < 0.45:
         remark = pick(rng, {"negative": _GROANS, "neutral": _SHRUGS, "positive": _CHEERS}[label])
         text, reason = f"${company.ticker} {now}, {remark}", f'the writer says "{remark}"'
-    elif form < 0.8:
+    elif form < 0.72:
         verb = pick(rng, {"negative": "tumble|slide|sink|drop|plunge", "neutral": "tread water|idle|drift|stall|go nowhere",
                            "positive": "rally|gain|surge|jump|soar"}[label])  # fmt: skip
         text = f"{company.name} shares {verb} to {now} as investors weigh {company.sector}"
         reason = f"the shares {verb} to {now}"
-    elif form < 0.9:
-        text = f"${company.ticker} {change_percent(now, before):+.1f}% this week, closing at {now}"
-        reason = f"the share moved by {change_percent(now, before):+.1f}% this week"
     else:
-        reason = f"the share went from {before} to {now} within a week"
-        text = f"${company.ticker} closed at {now}, a week ago {before}. {pick(rng, 'Earnings next.|Thoughts?|Still in.')}"
+        change = f"{change_percent(now, before):+.1f}%"
+        aside = pick(rng, "Earnings next.|Thoughts?|Still in.")
+        text = pick(rng, f"${company.ticker} {change} this week, closing at {now}|"
+                          f"${company.ticker} closed the week at {now}, {change}. {aside}")  # fmt: skip
+        reason = f"the share moved by {change} this week"
     return {"text": text, "label": label, "reason": reason}
 
 
@@ -118,9 +124,10 @@ def _headlines(rng: random.Random) -> Row:
         text = pick(rng, f"{name} {verb} {now:.2f} on {reason}, {when}|{when}: {name} {verb} {now:.2f} amid {reason}")
         because = f'the headline says "{verb} {now:.2f}"'
     else:
-        text = pick(rng, f"{name} settles at {now:.2f} after {before:.2f} on {reason}, {when}|"
-                          f"{when}: {name} {now:.2f}, previous {before:.2f}; {reason} in focus")  # fmt: skip
-        because = ""  # which of the figures is larger is the label itself
+        change = pick(rng, f"{now - before:+.2f}|{change_percent(now, before):+.1f}%")
+        text = pick(rng, f"{name} settles at {now:.2f} ({change}) on {reason}, {when}|"
+                          f"{when}: {name} {now:.2f}, {change}; {reason} in focus")  # fmt: skip
+        because = f"the price moved by {change}"
     return {"text": text, "label": "Yes" if now > before else "No", "reason": because}
 
 

@@ -31,7 +31,8 @@ def _months(held: bool, name: str) -> list[Any]:
 
 
 def macro(rng: random.Random, held: bool) -> Chat:
-    return rng.choice((_growth, _prices, _policy, _bonds, _core_inflation, _oil))(rng, held)
+    questions = (_growth, _prices, *3 * (_policy,), _bonds, _core_inflation, _oil)  # four decisions are to be learned
+    return rng.choice(questions)(rng, held)
 
 
 def _when(row: Any) -> str:
