@@ -180,7 +180,7 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
         with gr.Row():
             with gr.Column(scale=3):
                 answer_box = box("The team's answer", panels.answer_html(Answer(""), team.members))
-            with gr.Column(scale=2):
+            with gr.Column(scale=2, visible=False) as alone_column:
                 alone_box = box("One analyst alone", panels.answer_html(Answer(""), team.members))
         columns_box = box("Everybody's answer; words that the team does not use are marked", visible=False)
         shares_box = box("Who carried the team's answer")
@@ -210,18 +210,15 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
 
     # the team's answer and a single analyst's are side by side: each question fills its own box
     def ask_on_page(question: str, analyst: str, earlier: Turns | None = None) -> Iterator[tuple]:
-        earlier = earlier or []
+        earlier, asked = earlier or [], {"role": "user", "content": question.strip()}
         with closing(ask(question, analyst, earlier)) as answers:
             for html, shares, layers, record, answer in answers:
                 if analyst == ALL:
-                    said = [
-                        {"role": "user", "content": question.strip()},
-                        {"role": "assistant", "content": answer.text},
-                    ]
-                    kept = [*earlier, *said]
-                    yield html, gr.skip(), shares, layers, record, panels.earlier_html(earlier), kept
+                    kept = [*earlier, asked, {"role": "assistant", "content": answer.text}]
+                    yield html, gr.skip(), gr.skip(), shares, layers, record, panels.earlier_html(earlier), kept
                 else:
-                    yield gr.skip(), html, gr.skip(), gr.skip(), record, gr.skip(), gr.skip()
+                    shown = gr.Column(visible=True)
+                    yield gr.skip(), html, shown, gr.skip(), gr.skip(), record, gr.skip(), gr.skip()
 
     def ask_all_on_page(question: str) -> Iterator[object]:
         for html in ask_all(question):
@@ -232,7 +229,7 @@ with gr.Blocks(title="FinTeamExperts", analytics_enabled=False) as demo:
         return asked or gr.skip()  # without one, what a visitor has typed by now stays
 
     alone = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private", "trigger_mode": "once"}
-    outputs = [answer_box, alone_box, shares_box, layers_box, record_box, earlier_box, earlier_state]
+    outputs = [answer_box, alone_box, alone_column, shares_box, layers_box, record_box, earlier_box, earlier_state]
     for trigger in (ask_button.click, question_box.submit):
         trigger(ask_on_page, [question_box, analyst_box], outputs, **alone)
     follow_button.click(ask_on_page, [question_box, analyst_box, earlier_state], outputs, **alone)

@@ -29,10 +29,11 @@ PASSAGES = {
     ],
     "headlines": [["Gold futures climb to a three-month high as the dollar slips", "Yes"]],
     "stock_movement": [
+        ["Harju Machines, +0.4% and -1.1% in two days. News: raises its guidance by 6%.", "not known: made up"],
         [
             "Daily moves in %: -0.2, -0.3, -0.6, 1.3, 0.1, 0.3, -0.5, -1.5, -1.4, -0.2\n"
             "Averages against the close in %: 5 days 1.7, 30 days 2.8",
             "not known: made up",
-        ]
+        ],
     ],
 }

@@ -67,8 +67,10 @@ def test_ask_the_team_then_one_analyst(page):
     assert 98 <= sum(shares) <= 102
     page.get_by_role("button", name="Layer by layer").click()
     expect(page.locator(".layers tbody tr")).to_have_count(3)
+    expect(page.get_by_text("One analyst alone")).to_be_hidden()  # until one is asked
     page.get_by_label("Micro analyst").check()
     page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_text("One analyst alone")).to_be_visible(timeout=30_000)
     expect(page.get_by_text("Written by an AI. Not financial advice.")).to_have_count(2, timeout=30_000)
     assert page.locator(".answer").first.inner_text()  # the team's answer still stands beside it
     violations = Axe().run(page).response["violations"]
