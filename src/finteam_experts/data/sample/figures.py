@@ -80,10 +80,10 @@ def wti_days() -> pd.Series:
 
 @functools.cache
 def index_days(name: str) -> pd.DataFrame:
-    """Close and return in percent by trading day of `S&P 500` or `NASDAQ`, 1999 to 2018."""
+    """Open, high, low, close and return in percent by trading day of `S&P 500` or `NASDAQ`, 1999 to 2018."""
     module = {"S&P 500": arch.data.sp500, "NASDAQ": arch.data.nasdaq}[name]
-    close = module.load()["Adj Close"]
-    return pd.DataFrame({"close": close, "return": 100 * close.pct_change()}).dropna()
+    days = module.load().rename(columns=str.lower)[["open", "high", "low", "close"]]
+    return days.assign(**{"return": 100 * days["close"].pct_change()}).dropna()
 
 
 @functools.cache

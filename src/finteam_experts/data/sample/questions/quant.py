@@ -3,6 +3,7 @@
 
 import random
 from functools import cache
+from typing import Any
 
 from finteam_experts.data.sample import figures
 from finteam_experts.data.sample.figures import HELDOUT_YEARS, change_percent, pick
@@ -10,36 +11,35 @@ from finteam_experts.data.sample.turns import Chat, chat
 
 
 @cache
-def _windows(held: bool, name: str, column: str) -> list[dict[str, str]]:
-    """Windows of five trading days of an index by weekday, as they are written: its `close`, or its `return` in percent."""
+def _windows(held: bool, name: str, column: str) -> list[list[str]]:
+    """Windows of five days of an index, as they are written: its `close`, or its `return` in percent."""
     series = figures.index_days(name)[column]
-    windows = (series.iloc[start : start + 5] for start in range(0, len(series) - 5, 5))
-    written = (
-        {f"{day:%A}": f"{value:.2f}" for day, value in window.items()}
-        for window in windows
-        if (window.index[0].year in HELDOUT_YEARS) == held
-    )
-    return [window for window in written if len(window) == 5]  # closed exchanges can bring a weekday twice
+    starts = range(0, len(series) - 5, 5)
+    return [
+        [f"{value:.2f}" for value in series.iloc[start : start + 5]]
+        for start in starts
+        if (series.index[start].year in HELDOUT_YEARS) == held
+    ]
 
 
-def _by_day(values: dict[str, str]) -> str:
-    return ", ".join(f"{day} {value}" for day, value in values.items())
+@cache
+def _days(held: bool, name: str) -> list[Any]:
+    """The days of an index that belong to one split, with its open, high, low and close."""
+    days = figures.index_days(name).itertuples()
+    return [day for day in days if (day.Index.year in HELDOUT_YEARS) == held]
 
 
 def quant(rng: random.Random, held: bool) -> Chat:
     kind, name = rng.random(), rng.choice(("S&P 500", "NASDAQ"))
     if kind < 0.25:
+        return _one_day(rng, held, name)
+    if kind < 0.35:
         values = rng.choice(_windows(held, name, "close"))
-        title = pick(rng, f"{name} closes|Closes of the week|Closing prices")
-        if rng.random() < 0.5:
-            day, value = rng.choice(list(values.items()))
-            asked = pick(rng, f"What was the close on {day}?|Where did it close on {day}?")
-            return chat("read", f"{title}: {_by_day(values)}.\n\n{asked}", f"The close on {day} was {value}.")
+        text = f"{pick(rng, f'{name} closes|Closes of the week|Closing prices')}: {', '.join(values)}."
         word, choose = rng.choice((("highest", max), ("lowest", min)))
-        text = f"{title}: {', '.join(values.values())}."
-        best = choose(values.values(), key=float)
+        best = choose(values, key=float)
         return chat("computed", f"{text}\n\nWhat was the {word} close?", f"The {word} close was {best}.")
-    if kind < 0.4:
+    if kind < 0.45:
         now, before = rng.randint(20, 400), rng.choice((20, 25, 40, 50, 80, 100, 200))
         asked = pick(rng, "What is its return?|What return is that?")
         text = f"A share went from {before} to {now}."
@@ -48,19 +48,13 @@ def quant(rng: random.Random, held: bool) -> Chat:
             f"{text}\n\n{asked}",
             f"The return is {change_percent(now, before):.0f} percent, from {before} to {now}.",
         )
-    by_day = rng.choice(_windows(held, name, "return"))
-    values = list(by_day.values())
-    title = pick(rng, "Daily returns in %|Returns of five days in %|Returns of the week in percent")
-    if kind < 0.5:
-        day, value = rng.choice(list(by_day.items()))
-        asked = f"What was the return on {day}?"
-        return chat("read", f"{title}: {_by_day(by_day)}.\n\n{asked}", f"The return on {day} was {value} percent.")
-    text = f"{title}: {', '.join(values)}."
+    values = rng.choice(_windows(held, name, "return"))
+    text = f"{pick(rng, 'Daily returns in %|Returns of five days in %|Returns of the week in percent')}: {', '.join(values)}."
     low, high = min(values, key=float), max(values, key=float)
     if kind < 0.6:
         word, value = rng.choice((("best", high), ("worst", low)))
         return chat("computed", f"{text}\n\nWhat was the {word} return?", f"The {word} return was {value} percent.")
-    if kind < 0.75:
+    if kind < 0.7:
         count = sum(float(value) > 0 for value in values)
         return chat(
             "computed", f"{text}\n\nOn how many days did it rise?", f"It rose on {count} of {len(values)} days."
@@ -71,3 +65,13 @@ def quant(rng: random.Random, held: bool) -> Chat:
     return chat(
         "reason", f"{text}\n\n{asked}", f"The share is {mood}: its daily returns range from {low} to {high} percent."
     )
+
+
+def _one_day(rng: random.Random, held: bool, name: str) -> Chat:
+    day = rng.choice(_days(held, name))
+    text = (
+        f"On {day.Index.day} {day.Index:%B %Y} the {name} opened at {day.open:.2f}, rose as high as {day.high:.2f}, fell as low as "
+        f"{day.low:.2f} and closed at {day.close:.2f}."
+    )
+    what, value = rng.choice((("open", day.open), ("high", day.high), ("low", day.low), ("close", day.close)))
+    return chat("read", f"{text}\n\nWhat was the day's {what}?", f"The day's {what} was {value:.2f}.")
