@@ -28,7 +28,8 @@ for seed in $seeds; do
     --warmup_steps 40 --lr_scheduler_kwargs '{"num_decay_steps": 300}' --save_steps 200
   for role in macro micro quant credit; do
     launch train_expert train_expert --role "$role" "${team[@]}" "${trunk[@]}" "${rows[@]}" --steps_per_task 60 --max_length 2048 \
-      --learning_rate 1e-3 --lr_scheduler_type linear --lr_scheduler_kwargs '{}' --warmup_steps 6 --save_steps 60
+      --learning_rate 1e-3 --lr_scheduler_type linear --lr_scheduler_kwargs '{}' --warmup_steps 6 --save_steps 60 \
+      --learn_from '{corpus: 0.05, chats: 0.4, general: 0.15, tasks: 0.4}'
   done
   python "$here/scripts/merge_moe.py" --run_dir "$run_dir" "${team[@]}" "${trunk[@]}"
   python "$here/scripts/fit_router.py" "${where[@]}"
