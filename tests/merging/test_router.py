@@ -171,7 +171,7 @@ def test_fitting_replaces_the_gates_and_nothing_else(merged, heldout):
     assert torch.equal(gates.load_gates(merged / "moe", "fitted"), gates.read_gates(merged / "moe"))
     fitted = measure_routing(load_model(merged / "moe"), tokenizer, heldout).summary()
     assert fitted["own_role_tokens"] > max(hidden["own_role_tokens"] + 0.1, 0.6)
-    assert fitted["load_entropy"] > 0.97
+    assert fitted["load_entropy"] > 0.95
     results = runs.read_record(merged / "moe")["router"]["results"]
     assert results["own_role_tokens"] > 0.6
     assert str(results["scale"]) in json.dumps(results["loss_at_scale"])
