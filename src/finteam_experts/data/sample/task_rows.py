@@ -126,7 +126,7 @@ def _headlines(rng: random.Random) -> Row:
     else:
         change = pick(rng, f"{now - before:+.2f}|{change_percent(now, before):+.1f}%")
         text = pick(rng, f"{name} settles at {now:.2f} ({change}) on {reason}, {when}|"
-                          f"{when}: {name} {now:.2f}, {change}; {reason} in focus")  # fmt: skip
+                          f"{when}: {name} at {now:.2f} ({change}), {reason} in focus")  # fmt: skip
         because = f"the price moved by {change}"
     return {"text": text, "label": "Yes" if now > before else "No", "reason": because}
 
