@@ -4,7 +4,7 @@
 QUESTIONS = {
     "macro": [
         "The spread between BAA and AAA bonds widened to 1.40 points from 1.10 the month before.\n\nDid lenders become more careful?",
-        "Oil falls 4 % to USD 61 as OPEC raises its output.\n\nDid the price go up, and why?",
+        "Brent crude fell to 61.20 dollars a barrel in May from 64.10 a month earlier.\n\nWhat happened to the oil price?",
     ],
     "micro": [
         "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs.\n\nWhat do investors ask?",
@@ -12,7 +12,8 @@ QUESTIONS = {
     ],
     "quant": [
         "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
-        "S&P 500 closes: 1187.62, 1190.21, 1175.88, 1201.44, 1196.03.\n\nWhat was the highest close?",
+        "On 9 March 2026 the S&P 500 opened at 6187.62, rose as high as 6201.44, fell as low as 6175.88 and closed at 6196.03.\n\n"
+        "What was the day's high?",
     ],
     "base": ["How do I keep bread fresh for longer?"],
 }

@@ -85,7 +85,7 @@ def test_ask_the_team_then_one_analyst(page):
 
 def test_an_example_fills_the_question(page):
     questions = load_script("space/examples.py").QUESTIONS
-    page.get_by_text("S&P 500 closes").first.click()
+    page.get_by_text("S&P 500 opened").first.click()
     expect(page.get_by_label("Your question")).to_have_value(questions["quant"][1])
 
 
