@@ -77,3 +77,8 @@ def test_a_row_says_which_way_its_figure_went(task):
     assert len(signed) > 50
     if task == "headlines":
         assert all(row["label"] == ("Yes" if "+" in row["text"] else "No") for row in signed)
+
+
+def test_a_post_about_a_share_gives_one_price():
+    for row in task_rows.task_rows("fiqasa", 300, random.Random(5)):
+        assert len(re.findall(r"\d+", re.sub(r"[+-]\d+\.\d%", "", row["text"]))) <= 1, row["text"]
