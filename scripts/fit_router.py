@@ -35,7 +35,7 @@ from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.router import fit, team_sums
 from finteam_experts.merging.sums import FEWEST_TOKENS, RIDGE, TOKENS_PER_ROLE, save_sums, sums_file
-from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config
+from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config, reading_dtype
 from finteam_experts.weights import StoredTensors, weight_files
 
 
@@ -121,7 +121,8 @@ def main() -> None:
         print(f"{moe} has its fitted router: skipped")
         return
 
-    model = load_model(moe).to(PartialState().device)
+    device = PartialState().device
+    model = load_model(moe, reading_dtype(device)).to(device)  # bfloat16 takes half as long, and the gates are as good
     trunk = trunk_fingerprint(moe)
     sums = team_sums(model, tokenizer, [own for own, _ in text], general, args.ridge, trunk=trunk)
     gates, results = fit(model, tokenizer, sums, [held_back for _, held_back in text], args.ridge, args.scale)

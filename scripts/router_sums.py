@@ -20,7 +20,7 @@ from finteam_experts.errors import InputError, check_number, run
 from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
 from finteam_experts.merging.adapters import check_adapter, dense_expert
 from finteam_experts.merging.sums import FEWEST_TOKENS, SUMS, TOKENS_PER_ROLE, compute_sums, mean_of, save_sums
-from finteam_experts.models import as_chats, check_base, load_model, load_tokenizer, local_folder
+from finteam_experts.models import as_chats, check_base, load_model, load_tokenizer, local_folder, reading_dtype
 
 
 def main() -> None:
@@ -53,8 +53,12 @@ def main() -> None:
     general = general_text(data, form, round(GENERAL_SHARE * args.tokens_per_role))
     device = PartialState().device
     parts = zip((expert, base), halves(own), halves(general), strict=True)
+    dtype = reading_dtype(device)
     sums = mean_of(
-        *(compute_sums(load_model(folder).to(device), form.tokenizer, *text, trunk=trunk) for folder, *text in parts)
+        *(
+            compute_sums(load_model(folder, dtype).to(device), form.tokenizer, *text, trunk=trunk)
+            for folder, *text in parts
+        )
     )
     save_sums(sums, expert / SUMS)
     size = (expert / SUMS).stat().st_size / 1e6

@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+from finteam_experts.threads import has_bf16_units
+
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
@@ -145,6 +147,11 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> torch.nn.Modu
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     check_loading(report, str(folder))
     return model.eval()
+
+
+def reading_dtype(device: torch.device) -> str:
+    """The type for a model that only reads text: bfloat16 on a CPU that multiplies in it, or else that of the weights."""
+    return "bfloat16" if device.type == "cpu" and has_bf16_units() else "auto"
 
 
 def check_loading(report: dict, what: str) -> None:

@@ -28,7 +28,7 @@ from finteam_experts.merging.sums import (
     save_sums,
     solve_gates,
 )  # fmt: skip
-from finteam_experts.models import load_model
+from finteam_experts.models import load_model, reading_dtype
 
 
 def sums_of(x: torch.Tensor, general: torch.Tensor | None = None) -> RouterSums:
@@ -119,7 +119,10 @@ def test_an_owner_sends_half_of_its_text_through_its_expert_and_half_through_the
     own, _ = role_text(run / "data", "micro", form, 1500, seed=0)
     general = general_text(run / "data", form, round(GENERAL_SHARE * 1500))
     halved = zip((expert, run / "base"), halves(own), halves(general), strict=True)
-    alone, trunk = (compute_sums(load_model(folder), form.tokenizer, *text, trunk="") for folder, *text in halved)
+    dtype = reading_dtype(torch.device("cpu"))
+    alone, trunk = (
+        compute_sums(load_model(folder, dtype), form.tokenizer, *text, trunk="") for folder, *text in halved
+    )
     found = load_sums(expert / "router_sums.safetensors")
     torch.testing.assert_close(found.inputs, (alone.inputs + trunk.inputs) / 2)
     torch.testing.assert_close(found.targets, (alone.targets + trunk.targets) / 2)
