@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The whole pipeline on a small real model, in order. Complete steps are skipped: run it again after an interruption.
 #
-#   bash scripts/quickstart.sh                                        # sample data; docs/speed.md has the time
+#   bash scripts/quickstart.sh                                        # sample data; recipes/README.md has the minutes
 #   bash scripts/quickstart.sh --max_steps 4 --limit 8                # every step, shortened
 #   bash scripts/quickstart.sh --run_dir outputs/mine --data_dir DIR  # your own data directory
 #   bash scripts/quickstart.sh --run_dir outputs/mine --data_dir DIR --rows_per_task 900  # no task drowns the others
