@@ -36,7 +36,7 @@ from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.router import fit, team_sums
 from finteam_experts.merging.sums import FEWEST_TOKENS, RIDGE, TOKENS_PER_ROLE, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config, reading_dtype
-from finteam_experts.training.experts import split_experts
+from finteam_experts.training.experts import split_on_cpu
 from finteam_experts.weights import StoredTensors, weight_files
 
 
@@ -124,8 +124,7 @@ def main() -> None:
 
     device = PartialState().device
     model = load_model(moe, reading_dtype(device)).to(device)  # bfloat16 takes half as long, and the gates are as good
-    if device.type == "cpu":  # no new kernel for every number of tokens that an expert gets
-        split_experts(model)
+    split_on_cpu(model)
     trunk = trunk_fingerprint(moe)
     sums = team_sums(model, tokenizer, [own for own, _ in text], general, args.ridge, trunk=trunk)
     gates, results = fit(model, tokenizer, sums, [held_back for _, held_back in text], args.ridge, args.scale)

@@ -16,14 +16,15 @@ from finteam_experts.threads import use_available_cores  # before torch
 
 from accelerate import PartialState
 
+from finteam_experts.data import sample
 from finteam_experts.data.conversations import GENERAL, chat_file
 from finteam_experts.data.files import write_rows
-from finteam_experts.data.sample.chats import general_questions
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.labels import greedy_answers
 from finteam_experts.files import read_text
 from finteam_experts.models import as_chats, check_base, load_model, load_tokenizer, local_folder
 
+QUESTIONS = Path(sample.__file__).parent / "knowledge/general.txt"
 MAX_NEW_TOKENS = 72
 HELD_OUT = 5  # every fifth conversation
 
@@ -40,9 +41,8 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--data_dir", type=Path, help="data directory (default: RUN_DIR/data)")
     parser.add_argument("--base", help="dense base: Hub id or folder (default: RUN_DIR/base)")
-    parser.add_argument(
-        "--questions", type=Path, help="a text file with a question per line (default: the package's 100)"
-    )
+    parser.add_argument("--questions", type=Path, default=QUESTIONS,
+                        help="a text file with a question per line (default: the package's 100)")  # fmt: skip
     args = parser.parse_args()
     data = args.data_dir or args.run_dir / "data"
     if not data.is_dir():
@@ -52,8 +52,8 @@ def main() -> None:
     if chat_file(data, GENERAL).is_file():
         print(f"{chat_file(data, GENERAL)} exists: skipped")
         return
-    lines = read_text(args.questions).splitlines() if args.questions else general_questions()
-    questions = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    lines = map(str.strip, read_text(args.questions).splitlines())
+    questions = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
     use_available_cores()
     base = local_folder(args.base or str(args.run_dir / "base"))

@@ -37,6 +37,7 @@ from finteam_experts.merging.gates import GATES, get_gates, load_gates, random_g
 from finteam_experts.merging.join import weight_average
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from finteam_experts.screen import screen
+from finteam_experts.training.experts import split_on_cpu
 
 AVERAGE, ORACLE = "weight average", "oracle: own expert"
 Losses = dict[str, dict[str, float]]  # by model, then by role
@@ -209,6 +210,7 @@ def main() -> None:
     gates = {}
     for folder_name, folder in folders.items():
         model = load_model(folder).to(PartialState().device)
+        split_on_cpu(model)
         routers = {"tuned": get_gates(model)}
         if folder_name == "moe":
             own = routers.pop("tuned")

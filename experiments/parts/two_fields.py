@@ -24,10 +24,9 @@ from finteam_experts.data.files import rows_to_score
 from finteam_experts.data.tasks import render_all
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.labels import LabelScoringLM
-from finteam_experts.families import is_moe
 from finteam_experts.files import read_json, read_yaml, write_json
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
-from finteam_experts.training.experts import split_experts
+from finteam_experts.training.experts import split_on_cpu
 from parts import Order, Parts
 
 TITLES = {
@@ -70,8 +69,7 @@ def conversations(order: Order, count: int) -> Iterator[Conversation]:
 def answers(folder: Path, asked: list[Conversation], *, bf16: bool) -> list[bool]:
     """Whether the likeliest label of each second question is the true one."""
     form, model = as_chats(load_tokenizer(folder), folder), load_model(folder)
-    if is_moe(model.config):
-        split_experts(model)
+    split_on_cpu(model)
     pairs = [(own.turns, label) for own in asked for label in own.labels]
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
     scores = iter(LabelScoringLM(pretrained=model, form=form, bf16=bf16).loglikelihood(requests))

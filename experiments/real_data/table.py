@@ -23,6 +23,7 @@ from finteam_experts.data.files import evenly_spread, rows_to_score, tasks_of
 from finteam_experts.data.tasks import Tasks
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.answers import answer_losses
+from finteam_experts.evaluation.labels import LabelScoringLM
 from finteam_experts.evaluation.metrics import difference_on_rows
 from finteam_experts.evaluation.tasks import majority
 from finteam_experts.files import read_json, write_json
@@ -56,13 +57,11 @@ def collect(run_dir: Path, data: Path, base: Path, tasks: Tasks) -> dict[str, An
     }  # fmt: skip
     for name in MODELS:
         part, folder = report["models"][name], base if name == "base" else run_dir / name
-        model, form = load_model(folder), as_chats(load_tokenizer(folder), folder)
+        lm = LabelScoringLM(pretrained=load_model(folder), form=as_chats(load_tokenizer(folder), folder))
         nats = {
             role: [
                 round(loss, 4)
-                for loss in answer_losses(
-                    model, form, evenly_spread(read_chats(data, role, heldout=True), CONVERSATIONS)
-                )
+                for loss in answer_losses(lm, evenly_spread(read_chats(data, role, heldout=True), CONVERSATIONS))
             ]
             for role in chat_roles(data, heldout=True)
         }

@@ -9,9 +9,9 @@ import math
 import os
 from pathlib import Path
 
-# Then it sleeps. It is as fast as the default on idle cores; with one of two cores busy, a training step of the sample takes
-# 2.0 times as long, and 6.6 times with the default of 300,000 (benchmarks/threads.py).
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Then it sleeps, and takes long to wake: a training step of the sample takes 1.07 seconds with 2,000, 0.95 with 10,000 and 0.89
+# with the default of 300,000. With one of two cores busy it takes 1.7, 2.6 and 6 seconds (benchmarks/threads.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period
 

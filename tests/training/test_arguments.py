@@ -256,7 +256,7 @@ def test_a_base_that_is_not_finite(new_run):
     spoil_base(new_run)
     with pytest.raises(NotFiniteError, match="step 1: the loss is not finite.*look at the base's weights"):
         train_expert(new_run, "macro")
-    with pytest.raises(NotFiniteError, match=r"base: the log-likelihood of a label is nan"):
+    with pytest.raises(NotFiniteError, match=r"base: the log-likelihood of an answer is nan"):
         call("scripts/evaluate.py", "--run_dir", new_run, "--models", "base")
     assert not (new_run / "reports/evaluation.json").exists()
 

@@ -6,14 +6,11 @@ from collections.abc import Collection
 from itertools import islice, permutations
 
 import numpy as np
-import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from finteam_experts.chats import ChatFormat
 from finteam_experts.data.conversations import Conversation
 from finteam_experts.errors import InputError
-from finteam_experts.evaluation.batches import padded_batches
-from finteam_experts.evaluation.labels import greedy_answers
+from finteam_experts.evaluation.labels import LabelScoringLM, greedy_answers
 
 MAX_NEW_TOKENS = 64  # of an answer: some sentences
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
@@ -34,7 +31,7 @@ _ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def score_answers(
-    model: torch.nn.Module, form: ChatFormat, chats: dict[str, list[Conversation]], labels: Collection[str]
+    lm: LabelScoringLM, chats: dict[str, list[Conversation]], labels: Collection[str]
 ) -> dict[str, dict[str, float | int | list[str] | None]]:
     """For each role the mean of each of `SCORES` over its conversations with its standard error, and what the model wrote.
 
@@ -46,8 +43,8 @@ def score_answers(
     if not conversations:
         return {}
     # all roles at once: a step of generation takes hardly longer for many answers than for a few
-    answers = greedy_answers(model, form, [turns for turns, _ in conversations], max_new_tokens=MAX_NEW_TOKENS)
-    written, losses = iter(answers), iter(answer_losses(model, form, conversations))
+    answers = greedy_answers(lm.model, lm.form, [turns for turns, _ in conversations], max_new_tokens=MAX_NEW_TOKENS)
+    written, losses = iter(answers), iter(answer_losses(lm, conversations))
     names, scores = {label.lower() for label in labels} | {""}, {}
     for role, own in chats.items():
         texts = list(islice(written, len(own)))
@@ -76,24 +73,17 @@ def _compared(conversations: list[Conversation], written: list[str], no_answers:
     return values
 
 
-@torch.no_grad()
-def answer_losses(model: torch.nn.Module, form: ChatFormat, conversations: list[Conversation]) -> list[float]:
+def answer_losses(lm: LabelScoringLM, conversations: list[Conversation]) -> list[float]:
     """Nats per token of each given answer, its end included."""
-    exchanges = form.exchanges(conversations)
-    longest, positions = max(len(exchange.ids) for exchange in exchanges), model.config.max_position_embeddings
+    exchanges = lm.form.exchanges(conversations)
+    longest, positions = max(len(exchange.ids) for exchange in exchanges), lm.model.config.max_position_embeddings
     if longest > positions:
         raise InputError(
             f"a held-out conversation is {longest} tokens, and the model has {positions} positions. Shorten it."
         )
-    losses = [0.0] * len(exchanges)
-    for rows, batch in padded_batches([e.ids for e in exchanges], form.tokenizer, title="held-out answers"):
-        logits = model(**batch.to(model.device)).logits.float().log_softmax(-1)
-        for row, own in zip(rows, logits, strict=True):
-            exchange = exchanges[row]
-            ids = torch.tensor(exchange.ids[len(exchange.prompt) :], device=own.device)
-            start = len(exchange.prompt) - 1
-            losses[row] = -own[start : start + len(ids)].gather(1, ids[:, None]).mean().item()
-    return losses
+    given = [(("", ""), exchange.prompt, exchange.answer + exchange.end) for exchange in exchanges]
+    scores = lm._loglikelihood_tokens(given)
+    return [-total / len(ids) for (total, _), (_, _, ids) in zip(scores, given, strict=True)]
 
 
 def unsupported_figures(question: str, answer: str) -> list[str]:

@@ -64,7 +64,7 @@ class LabelScoringLM(HFLM):
     ) -> list[tuple[float, bool]]:
         scores: list[tuple[float, bool] | None] = [None] * len(requests)
         passes = sorted(_passes(requests), key=lambda p: -len(p[0]))
-        with tqdm(total=len(requests), desc="label scores", disable=disable_tqdm or self.rank != 0) as progress:
+        with tqdm(total=len(requests), desc="scores", disable=disable_tqdm or self.rank != 0) as progress:
             while passes:
                 rows = max(1, self.batch_tokens // len(passes[0][0]))
                 batch, passes = passes[:rows], passes[rows:]
@@ -84,7 +84,7 @@ class LabelScoringLM(HFLM):
                         target = torch.tensor(label, device=own.device)
                         total = own.gather(1, target[:, None]).sum().item()
                         if not math.isfinite(total):
-                            found = f"the log-likelihood of a label is {total}: the model's weights are not finite"
+                            found = f"the log-likelihood of an answer is {total}: the model's weights are not finite"
                             raise NotFiniteError(f"{found}, or overflow in their type. Look at its training log.")
                         scores[index] = (total, bool((own.argmax(-1) == target).all()))
                         progress.update()

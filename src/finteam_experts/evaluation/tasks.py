@@ -22,7 +22,7 @@ from finteam_experts.evaluation.labels import LabelScoringLM, first_label, greed
 from finteam_experts.evaluation.routing import expert_shares
 from finteam_experts.families import is_moe
 from finteam_experts.models import as_chats, load_model, load_tokenizer
-from finteam_experts.training.experts import split_experts
+from finteam_experts.training.experts import split_on_cpu
 
 MAX_NEW_TOKENS = 8  # of a written answer
 ROUTING_ROWS = 8  # prompts per task whose routing is looked at
@@ -48,8 +48,7 @@ def evaluate_model(
     start = time.monotonic()
     form = as_chats(load_tokenizer(folder), folder)
     model = (model or load_model(folder)).to(PartialState().device)
-    if is_moe(model.config) and model.device.type == "cpu":
-        split_experts(model)  # twice as fast there; a GPU has kernels for fused experts
+    split_on_cpu(model)
     prompts = {name: render_all(task, rows[name], form.tokenizer) for name, task in tasks.items()}
     _check_prompts(form, prompts, model.config.max_position_embeddings)
     lm = LabelScoringLM(pretrained=model, form=form, bf16=bf16)
@@ -63,13 +62,14 @@ def evaluate_model(
         if generate:
             result["generated"] = _generated(model, form, task, rows[name], prompts[name], samples)
     labels = {label for task in tasks.values() for label in task.labels}
-    report["answers"] = score_answers(model, form, chats, labels)
+    report["answers"] = score_answers(lm, chats, labels)
     if is_moe(model.config):
         team = [member["name"] for member in runs.read_record(folder)["team"]]
         report["routing"] = {}
         for name, own in rows.items():
             asked = [(prompt, row["label"]) for prompt, row in zip(prompts[name], own, strict=True)]
-            report["routing"][name] = _routing(model, form, team, asked[:ROUTING_ROWS])
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                report["routing"][name] = _routing(model, form, team, asked[:ROUTING_ROWS])
     return report | {"seconds": round(time.monotonic() - start, 1)}
 
 

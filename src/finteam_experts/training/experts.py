@@ -103,3 +103,9 @@ def split_experts(model: nn.Module, *, at_once: int | None = None) -> None:
     _SPLIT_TYPES.add(model.config.model_type)
     for layer in model.model.layers:
         layer.mlp.experts = SplitExperts(layer.mlp.experts, at_once)
+
+
+def split_on_cpu(model: nn.Module) -> None:
+    """Split the experts of an MoE that reads on a CPU, where it is twice as fast; a GPU has kernels for fused experts."""
+    if is_moe(model.config) and model.device.type == "cpu":
+        split_experts(model)

@@ -63,11 +63,6 @@ def knowledge(role: str) -> tuple[list[Chat], list[Chat]]:
     return train, heldout
 
 
-def general_questions() -> list[str]:
-    """Questions of everyday life, without an answer."""
-    return (KNOWLEDGE / "general.txt").read_text(encoding="utf-8").split("\n\n")[1].splitlines()
-
-
 def _reason(task: str, rng: random.Random) -> Chat:
     """A task's passage with the question why: both in one turn, or the reason once the label was given."""
     row = MAKERS[task](rng)
