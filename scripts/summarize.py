@@ -61,12 +61,12 @@ def ask_team(folder: Path) -> list[tuple[str, str, dict[str, float]]]:
     model = load_model(folder).to(PartialState().device)
     titles = [member["title"] for member in runs.read_record(folder)["team"]]
     answers = greedy_answers(model, form, list(QUESTIONS), max_new_tokens=MAX_NEW_TOKENS)
-    asked = []
-    for question, answer in zip(QUESTIONS, answers, strict=True):
-        (exchange,) = form.exchanges([(question, answer or "-")])
-        shares = expert_shares(model, exchange.ids, exchange.spans).mean(0).tolist()
-        asked.append((question, answer, dict(zip(titles, shares, strict=True))))
-    return asked
+    exchanges = form.exchanges(
+        [(question, answer or "-") for question, answer in zip(QUESTIONS, answers, strict=True)]
+    )
+    shares = expert_shares(model, [own.ids for own in exchanges], [own.spans for own in exchanges]).mean(1).tolist()
+    shared = (dict(zip(titles, own, strict=True)) for own in shares)
+    return list(zip(QUESTIONS, answers, shared, strict=True))
 
 
 def task_table(evaluation: dict[str, Any], models: list[str]) -> Table:

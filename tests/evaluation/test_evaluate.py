@@ -166,12 +166,14 @@ def test_report(done_run):
 
 
 def test_expert_shares_are_the_mixing_weights(done_run):
-    model, ids, spans = load_model(done_run / "moe"), [1, 5, 9, 20, 30], [-1, 0, 0, -1, 2]
+    model, ids, spans = load_model(done_run / "moe"), [[1, 5, 9, 20, 30], [3, 7]], [[-1, 0, 0, -1, 2], [0, 1]]
     shares = expert_shares(model, ids, spans)
-    assert shares.shape == (2, 3)
-    logits = model(torch.tensor([ids]), output_router_logits=True).router_logits
-    for layer, own in zip(logits, shares, strict=True):  # one expert per token; the template's tokens don't count
-        assert own.tolist() == pytest.approx(torch.bincount(layer[[1, 2, 4]].argmax(-1), minlength=3).div(3).tolist())
+    assert shares.shape == (2, 2, 3)
+    for row, kept, found in zip(ids, ([1, 2, 4], [0, 1]), shares, strict=True):  # the template's tokens don't count
+        logits = model(torch.tensor([row]), output_router_logits=True).router_logits
+        for layer, own in zip(logits, found, strict=True):  # one expert per token
+            first = torch.bincount(layer[kept].argmax(-1), minlength=3) / len(kept)
+            assert own.tolist() == pytest.approx(first.tolist())
 
 
 def test_complete_report_is_skipped_and_other_inputs_refused(copied_run, capsys):

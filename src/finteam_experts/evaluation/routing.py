@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 
 from finteam_experts.chats import SPANS
@@ -15,14 +16,21 @@ DEAD = 0.01  # an expert is dead in a layer if it is the first choice of a small
 
 
 @torch.no_grad()
-def expert_shares(model: torch.nn.Module, token_ids: list[int], spans: list[int]) -> torch.Tensor:
-    """The share of the gate weight that each expert gets, the mean over tokens: [layers, experts], rows sum to 1.
+def expert_shares(model: torch.nn.Module, token_ids: list[list[int]], spans: list[list[int]]) -> torch.Tensor:
+    """The share of the gate weight that each expert gets in each sequence: [sequences, layers, experts], experts sum to 1.
 
-    Only tokens with a place in `SPANS` count: those of the template, which have -1, are the same in every conversation.
+    It is the mean over the tokens with a place in `SPANS`: those of the template, which have -1, are the same in every
+    conversation.
     """
-    outputs = model(torch.tensor([token_ids], device=model.device), output_router_logits=True, logits_to_keep=1)
-    top_k, kept = model.config.num_experts_per_tok, torch.tensor(spans, device=model.device) >= 0
-    return torch.stack([mixing_weights(logits[kept], top_k).mean(0) for logits in outputs.router_logits])
+    # right padding needs no mask: under causal attention no earlier position sees it
+    tokens, places = (
+        pad_sequence([torch.tensor(own, device=model.device) for own in rows], batch_first=True, padding_value=fill)
+        for rows, fill in ((token_ids, 0), (spans, -1))
+    )
+    outputs = model(tokens, output_router_logits=True, logits_to_keep=1)
+    kept = (places >= 0)[..., None]
+    weights = (mixing_weights(logits, model.config.num_experts_per_tok) for logits in outputs.router_logits)
+    return torch.stack([(own.view(*tokens.shape, -1) * kept).sum(1) / kept.sum(1) for own in weights], dim=1)
 
 
 def mixing_weights(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -131,7 +139,7 @@ def measure_routing(
         kept[:, 0] = False
         row_roles = torch.tensor([roles[row] for row in rows])
         if spans:
-            padded = torch.nn.utils.rnn.pad_sequence([marks[row] for row in rows], batch_first=True, padding_value=-1)
+            padded = pad_sequence([marks[row] for row in rows], batch_first=True, padding_value=-1)
             kept &= padded >= 0
             # by row, token and span
             by_span = torch.nn.functional.one_hot(padded.clamp(min=0), len(SPANS)) * kept[..., None]

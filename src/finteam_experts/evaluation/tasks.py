@@ -141,8 +141,8 @@ def _routing(
     model: torch.nn.Module, form: ChatFormat, team: list[str], asked: list[tuple[Turns | str, str]]
 ) -> dict[str, float]:
     exchanges = form.exchanges(asked)
-    shares = np.mean([expert_shares(model, own.ids, own.spans).mean(0).tolist() for own in exchanges], axis=0)
-    return dict(zip(team, map(float, shares), strict=True))
+    shares = expert_shares(model, [own.ids for own in exchanges], [own.spans for own in exchanges])
+    return dict(zip(team, shares.mean((0, 1)).tolist(), strict=True))
 
 
 def majority(tasks: Tasks, rows: Rows) -> dict[str, dict[str, Any]]:
