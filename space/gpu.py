@@ -6,7 +6,7 @@ On ZeroGPU a GPU is lent for the length of a decorated call.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread then sleeps: a core that is busy elsewhere costs little
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread then sleeps: visitors and the web server use the cores too
 
 try:
     from spaces import GPU as on_gpu

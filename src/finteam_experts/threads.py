@@ -9,8 +9,8 @@ import math
 import os
 from pathlib import Path
 
-# Then it sleeps, and takes long to wake: a training step of the sample takes 1.07 seconds with 2,000, 0.95 with 10,000 and 0.89
-# with the default of 300,000. With one of two cores busy it takes 1.7, 2.6 and 6 seconds (benchmarks/threads.py).
+# Then it sleeps, and is slow to wake. A training step of the sample takes 1.29 seconds with 2,000, 1.17 with 10,000 and 1.07 with the
+# default of 300,000; with one of two cores busy 1.9, 3.2 and 20.6 (benchmarks/threads.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period
