@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--lm_eval_tasks", nargs="+", default=[], help="other tasks that lm-eval knows")
     parser.add_argument("--lm_eval_path", type=Path, help="folder with task files of those")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=has_bf16_units(),
-                        help="score labels in bfloat16 (default: where this CPU has units for it)")  # fmt: skip
+                        help="score labels and given answers in bfloat16 (default: where this CPU has units for it)")  # fmt: skip
     parser.add_argument("--name", default="evaluation", help="writes RUN_DIR/reports/NAME.json and NAME.png")
     args = parser.parse_args()
     check_number("--limit", args.limit, least=2)  # a standard error needs two rows

@@ -64,8 +64,8 @@ def ask_team(folder: Path) -> list[tuple[str, str, dict[str, float]]]:
     exchanges = form.exchanges(
         [(question, answer or "-") for question, answer in zip(QUESTIONS, answers, strict=True)]
     )
-    shares = expert_shares(model, [own.ids for own in exchanges], [own.spans for own in exchanges]).mean(1).tolist()
-    shared = (dict(zip(titles, own, strict=True)) for own in shares)
+    shares = expert_shares(model, form.tokenizer, [own.ids for own in exchanges], [own.spans for own in exchanges])
+    shared = (dict(zip(titles, own, strict=True)) for own in shares.mean(0).tolist())
     return list(zip(QUESTIONS, answers, shared, strict=True))
 
 

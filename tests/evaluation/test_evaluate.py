@@ -166,10 +166,12 @@ def test_report(done_run):
 
 
 def test_expert_shares_are_the_mixing_weights(done_run):
-    model, ids, spans = load_model(done_run / "moe"), [[1, 5, 9, 20, 30], [3, 7]], [[-1, 0, 0, -1, 2], [0, 1]]
-    shares = expert_shares(model, ids, spans)
+    model, ids, spans = load_model(done_run / "moe"), [[1, 5, 9, 20, 30], [1, 3, 7]], [[-1, 0, 0, -1, 2], [-1, 0, 1]]
+    shares = expert_shares(model, form_of(done_run / "moe").tokenizer, ids, spans)
     assert shares.shape == (2, 2, 3)
-    for row, kept, found in zip(ids, ([1, 2, 4], [0, 1]), shares, strict=True):  # the template's tokens don't count
+    for row, kept, found in zip(
+        ids, ([1, 2, 4], [1, 2]), shares.transpose(0, 1), strict=True
+    ):  # the template's tokens don't count
         logits = model(torch.tensor([row]), output_router_logits=True).router_logits
         for layer, own in zip(logits, found, strict=True):  # one expert per token
             first = torch.bincount(layer[kept].argmax(-1), minlength=3) / len(kept)

@@ -15,24 +15,6 @@ from finteam_experts.evaluation.heldout import token_losses
 DEAD = 0.01  # an expert is dead in a layer if it is the first choice of a smaller share of tokens
 
 
-@torch.no_grad()
-def expert_shares(model: torch.nn.Module, token_ids: list[list[int]], spans: list[list[int]]) -> torch.Tensor:
-    """The share of the gate weight that each expert gets in each sequence: [sequences, layers, experts], experts sum to 1.
-
-    It is the mean over the tokens with a place in `SPANS`: those of the template, which have -1, are the same in every
-    conversation.
-    """
-    # right padding needs no mask: under causal attention no earlier position sees it
-    tokens, places = (
-        pad_sequence([torch.tensor(own, device=model.device) for own in rows], batch_first=True, padding_value=fill)
-        for rows, fill in ((token_ids, 0), (spans, -1))
-    )
-    outputs = model(tokens, output_router_logits=True, logits_to_keep=1)
-    kept = (places >= 0)[..., None]
-    weights = (mixing_weights(logits, model.config.num_experts_per_tok) for logits in outputs.router_logits)
-    return torch.stack([(own.view(*tokens.shape, -1) * kept).sum(1) / kept.sum(1) for own in weights], dim=1)
-
-
 def mixing_weights(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """The weights that mix the experts' outputs, fp32 [tokens, experts]: softmax, the top k kept and renormalised."""
     probabilities = router_logits.float().softmax(-1)
@@ -165,6 +147,17 @@ def measure_routing(
             passages[layer].index_add_(0, row_roles, winners)
     model.train(was_training)
     return Routing(first, weights, passages, tokens, loss, own_by_span, tokens_by_span)
+
+
+def expert_shares(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], spans: list[list[int]]
+) -> torch.Tensor:
+    """The share of the gate weight that each expert gets in each conversation: [layers, conversations, experts].
+
+    It is the mean over the tokens that `measure_routing` counts; those of all experts sum to 1.
+    """
+    each, places = [[ids] for ids in token_ids], [[own] for own in spans]
+    return measure_routing(model, tokenizer, each, losses=False, spans=places).mean_weights()
 
 
 class RoutingCallback(TrainerCallback):

@@ -141,7 +141,7 @@ def _routing(
     model: torch.nn.Module, form: ChatFormat, team: list[str], asked: list[tuple[Turns | str, str]]
 ) -> dict[str, float]:
     exchanges = form.exchanges(asked)
-    shares = expert_shares(model, [own.ids for own in exchanges], [own.spans for own in exchanges])
+    shares = expert_shares(model, form.tokenizer, [own.ids for own in exchanges], [own.spans for own in exchanges])
     return dict(zip(team, shares.mean((0, 1)).tolist(), strict=True))
 
 
