@@ -6,12 +6,8 @@
 
 Reads RUN_DIR/data and RUN_DIR/moe (or the dense base), writes RUN_DIR/moe-instruct (or RUN_DIR/dense-instruct): the
 adapter merged into the model, with the base's companion files. The loss is on the answers only.
-
-`--start_from expert --role ROLE` tunes RUN_DIR/experts/ROLE by itself, on the same rows in its own order, and writes
-RUN_DIR/experts-instruct/ROLE. When all experts are tuned, scripts/join_experts.py makes RUN_DIR/moe-instruct of them.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +45,7 @@ from finteam_experts.training.rows import (
 from finteam_experts.weights import size_of
 
 ROUTING_TOKENS = 96
-OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct", "expert": "experts-instruct"}
+OUTPUTS = {"moe": "moe-instruct", "base": "dense-instruct"}
 
 
 @dataclass
@@ -59,25 +55,15 @@ class TuneArguments(TaskRowArguments, DatasetArguments, RunArguments):
         default=False,
         metadata={"help": "Write the tuned base to RUN_DIR/trunk, for experts and team to branch off from."},
     )
-    role: str | None = field(default=None, metadata={"help": "Which expert, for start_from expert."})
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Tune on these tasks of the data directory alone."}
     )
-    own_tasks: bool = field(default=False, metadata={"help": "Tune that expert on the tasks of its role alone."})
     chat_share: float | None = field(
         default=None,
         metadata={"help": "Share of the tokens that are of conversations. Default: all rows that there are."},
     )
     hold_out_validation: bool = field(
         default=False, metadata={"help": "Leave out the train rows that evaluate.py --split valid scores."}
-    )
-    experts_at_once: int | None = field(
-        default=None,
-        metadata={"help": "Train this many experts of a layer in each step, drawn every time; evaluation uses all."},
-    )
-    route_by_task: bool = field(
-        default=False,
-        metadata={"help": "Train each row in the expert of its task's role; fit the router afterwards."},
     )
     routing_steps: int = field(
         default=100, metadata={"help": "Measure the MoE's routing of held-out text every N steps; 0: never."}
@@ -86,38 +72,11 @@ class TuneArguments(TaskRowArguments, DatasetArguments, RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.start_from == "expert") != bool(self.role):
-            raise InputError(
-                f"start_from is {self.start_from} and role {self.role}: a role names the expert that is tuned by itself, with "
-                "--start_from expert and not otherwise."
-            )
         if self.as_trunk and self.start_from != "base":
             raise InputError(f"as_trunk is for start_from base; start_from is {self.start_from}.")
-        if self.own_tasks and not self.role:
-            raise InputError("own_tasks is for one expert tuned by itself: pass --start_from expert --role ROLE.")
-
-    def check_task_routing(
-        self, tasks: Tasks, team: list[str], training_args: SFTConfig, model_args: BaseModelConfig
-    ) -> None:
-        """Raise `InputError` if rows are to be routed by task and that is not possible, or clashes with other settings."""
-        if not self.route_by_task:
-            return
-        for task in tasks.values():
-            if task.role not in team:
-                whose = f"the {task.role} analyst" if task.role else "no analyst"
-                raise InputError(
-                    f"route_by_task: {task.name} is a task of {whose}, and the model to be tuned has "
-                    f"{', '.join(team) or 'no team'}. It is for --start_from moe, with a team that has an expert for every task."
-                )
-        trains_gate = "gate" in (model_args.lora_modules_to_save or ())
-        if training_args.router_aux_loss_coef or trains_gate or self.experts_at_once:
-            raise InputError(
-                "route_by_task leaves the router nothing to choose: set router_aux_loss_coef to 0, and leave out "
-                "experts_at_once and the gate in lora_modules_to_save."
-            )
 
 
-def initial_model(args: TuneArguments, training_args: SFTConfig, model_args: BaseModelConfig) -> tuple[Path, dict]:
+def initial_model(args: TuneArguments, model_args: BaseModelConfig) -> tuple[Path, dict]:
     """The folder of the model to tune and its record, which is empty for a base; `InputError` if it can't be tuned."""
     run_dir, base = Path(args.run_dir), model_args.model_name_or_path
     if args.start_from == "base":
@@ -129,12 +88,8 @@ def initial_model(args: TuneArguments, training_args: SFTConfig, model_args: Bas
             f"model_name_or_path (--base) is {base}, and start_from {args.start_from} tunes what was merged in {run_dir}. Leave it "
             "out; another base goes to train_expert.py and merge_moe.py."
         )
-    folder = run_dir / ("moe" if args.start_from == "moe" else f"experts/{args.role}")
-    record = runs.require(folder, "python scripts/merge_moe.py")
-    if args.role:  # experts that see the rows in different orders err differently
-        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        training_args.data_seed = random.Random(f"{seed} {args.role}").randrange(2**31)
-    return folder, record
+    folder = run_dir / "moe"
+    return folder, runs.require(folder, "python scripts/merge_moe.py")
 
 
 def tuning_dataset(
@@ -142,26 +97,18 @@ def tuning_dataset(
     tasks: Tasks,
     training_args: SFTConfig,
     form: ChatFormat,
-    team: list[str],
     config: PretrainedConfig,
 ) -> Dataset:
-    """The train rows of tasks, conversations and datasets, or of the expert's role, with labels on the answers alone."""
+    """The train rows of tasks, conversations and datasets, with labels on the answers alone."""
     seed = training_args.seed
     asked = task_examples(args.data, tasks, form, seed, args.limits(tasks), hold_out=args.hold_out_validation)
     chats = chat_examples(args.data, form, seed) + dataset_examples(form, args.rows(rows_of_run(training_args)), seed)
-    if args.own_tasks:
-        asked, chats = ([row for row in rows if row.role == args.role] for rows in (asked, chats))
-        if not asked and not chats:
-            raise InputError(
-                f"own_tasks: no task or conversation is of the role {args.role}. The tasks {', '.join(tasks)} are of "
-                f"{', '.join(task.role or 'none' for task in tasks.values())}: tune this expert on all rows, or not at all."
-            )
     rows = mixed(asked, chats, args.chat_share, seed)
     if not rows:
         raise InputError(f"{args.data} has nothing to tune on: no tasks/TASK_train.jsonl and no chats/ROLE.jsonl.")
     longest = training_args.max_length or config.max_position_embeddings
     training_args.max_length = None  # nothing is left to cut
-    return as_dataset(rows, longest, team if args.route_by_task else None)
+    return as_dataset(rows, longest)
 
 
 def routing_callback(
@@ -182,7 +129,7 @@ def main() -> None:
     args, training_args, model_args = parse((TuneArguments, SFTConfig, BaseModelConfig))
     use_available_cores()
     args.share_batch(training_args)
-    start, record = initial_model(args, training_args, model_args)
+    start, record = initial_model(args, model_args)
     config, form = read_config(start), as_chats(load_tokenizer(start), start)
     team = [member["name"] for member in record.get("team", ())]
     model_args.check_lora(config)
@@ -195,8 +142,7 @@ def main() -> None:
     leaks.check_tasks(args.data, tasks)
     leaks.check_chats(args.data, chat_roles(args.data))
     callback_of = routing_callback(args, team, form)
-    args.check_task_routing(tasks, team, training_args, model_args)
-    target = Path(args.run_dir) / ("trunk" if args.as_trunk else OUTPUTS[args.start_from]) / (args.role or "")
+    target = Path(args.run_dir) / ("trunk" if args.as_trunk else OUTPUTS[args.start_from])
     inputs = {
         "model": fingerprint(start),
         "tasks": {task: file_hash(task_file(args.data, task, "train")) for task in tasks},
@@ -209,16 +155,13 @@ def main() -> None:
         inputs["datasets"] = args.described()
     if args.hold_out_validation:  # rows of train are left out where there is no file of them
         inputs["valid"] = [task for task in tasks if task_file(args.data, task, "valid").is_file()]
-    dataset = tuning_dataset(args, tasks, training_args, form, team, config)
+    dataset = tuning_dataset(args, tasks, training_args, form, config)
     work = begin_on_all(target, "instruct_tune", inputs)
     if work is None:
         return
     check_disk_room(target, 2 * size_of(start))
 
-    trainer = train_lora(
-        start, dataset, form.tokenizer, args, training_args, model_args, work, callback_of,
-        experts_at_once=args.experts_at_once, route_by_task=args.route_by_task,
-    )  # fmt: skip
+    trainer = train_lora(start, dataset, form.tokenizer, args, training_args, model_args, work, callback_of)
     trainer.save_model(str(work / ADAPTER))
     results = tuning_results(trainer, len(dataset))
 

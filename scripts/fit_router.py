@@ -9,8 +9,6 @@ that the role owns. Replaces the gates in RUN_DIR/moe and nothing else; the merg
 Writes the sums that the fit needs of each analyst to RUN_DIR/moe/router_sums: with them scripts/change_team.py can add and
 remove analysts, and needs nobody's text again.
 The method and its sources: src/finteam_experts/merging/router.py.
-
-Experts that were tuned apart have other hidden states than before: fit the router of the joined RUN_DIR/moe-instruct again.
 """
 
 import argparse
@@ -95,7 +93,7 @@ def main() -> None:
 
     use_available_cores()
     moe, data, merged = args.run_dir / args.model, args.data_dir or args.run_dir / "data", args.model == "moe"
-    made_by = "python scripts/merge_moe.py" if merged else "recipes/instruct_tune.py or scripts/join_experts.py"
+    made_by = "python scripts/merge_moe.py" if merged else "recipes/instruct_tune.py"
     record = runs.require(moe, made_by, unfinished=True)
     names = [member["name"] for member in record["team"]]
     check_roles(data, tasks_of(data), names)

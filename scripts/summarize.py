@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/quickstart"))
     args = parser.parse_args()
     reports = args.run_dir / "reports"
-    runs.require(args.run_dir / TEAM, "recipes/instruct_tune.py or scripts/join_experts.py")
+    runs.require(args.run_dir / TEAM, "recipes/instruct_tune.py")
     evaluation = read_report(args.run_dir, "evaluation", "evaluate.py", TEAM)
     routing = read_report(args.run_dir, "routing", "report_routing.py", "moe")
 

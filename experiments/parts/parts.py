@@ -16,12 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from comparison import REPOSITORY
 from finteam_experts.data.files import corpus_file, read_task, task_file, tasks_of, write_rows
 from finteam_experts.data.tasks import Tasks
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_yaml
-from steps import call, options_of, step
+from steps import REPOSITORY, call, options_of, step
 
 EXPERT, DENSE = "recipes/sample/train_expert.yaml", "recipes/sample/instruct_tune_trunk.yaml"
 DECAY = 0.25  # of the steps

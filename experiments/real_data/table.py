@@ -8,7 +8,7 @@ bootstrap over rows and seeds for tasks, and over conversations for answers.
 """
 
 import argparse
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,10 +28,6 @@ from finteam_experts.evaluation.metrics import difference_on_rows
 from finteam_experts.evaluation.tasks import majority
 from finteam_experts.files import read_json, write_json
 from finteam_experts.models import as_chats, load_model, load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tables import table
 
 DENSE = "dense-instruct"
 MODELS = {
@@ -78,6 +74,12 @@ def collect(run_dir: Path, data: Path, base: Path, tasks: Tasks) -> dict[str, An
             "nats": nats,
         }
     return found
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def task_table(runs: list[dict[str, Any]], tasks: Tasks, rows: dict[str, list]) -> str:

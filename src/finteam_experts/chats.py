@@ -41,6 +41,12 @@ class Exchange:
     end: list[int]  # what the template puts after the answer, such as an end-of-turn token
     # of each token of `ids`, a place in `SPANS`, or -1 for what the template and the system turn add
     spans: list[int]
+    stop: int = 1  # tokens of `end` up to the one that generation stops at, which included
+
+    @property
+    def scored(self) -> list[int]:
+        """The answer and its end up to the token that generation stops at: what a model has to write to give this answer."""
+        return self.answer + self.end[: self.stop]
 
     @property
     def ids(self) -> list[int]:
@@ -60,6 +66,7 @@ class ChatFormat:
     template: str
     system_prompt: str
     system_turn: bool  # False: the system prompt opens the first user turn
+    stop_id: int | None = None  # the token behind an answer that generation stops at
 
     def messages(self, turns: Turns | str) -> Turns:
         """The conversation with its system prompt, as `apply_chat_template` takes it. A string is a single question.

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import REPOSITORY, SHORT, call
-from finteam_experts.errors import InputError
 from finteam_experts.families import family_of
 from finteam_experts.merging.layout import on_disk
 from finteam_experts.models import load_model
@@ -51,70 +50,6 @@ def test_same_gradients(models):
         torch.testing.assert_close(ours.mlp.gate.weight.grad, theirs.mlp.gate.weight.grad, **CLOSE)
 
 
-@pytest.fixture
-def layer_of_all(done_run):
-    """A layer whose tokens use all three experts, of which training takes `at_once`."""
-
-    def build(at_once):
-        model = load_model(done_run / "moe")
-        model.config.num_experts_per_tok = 3
-        for layer in model.model.layers:
-            layer.mlp.gate.top_k = 3
-        whole = copy.deepcopy(model.model.layers[0].mlp)
-        split_experts(model, at_once=at_once)
-        return model.model.layers[0].mlp, whole
-
-    return build
-
-
-def test_experts_at_once_are_drawn_anew_and_share_all_of_the_gate(layer_of_all):
-    mlp, whole = layer_of_all(1)
-    hidden = torch.randn(1, 12, mlp.experts.experts[0]["up_proj"].in_features)
-    alone = [
-        expert["down_proj"](mlp.experts.act_fn(expert["gate_proj"](hidden)) * expert["up_proj"](hidden))
-        for expert in mlp.experts.experts
-    ]
-    mlp.train()
-    torch.manual_seed(0)
-    drawn = set()
-    for _ in range(20):
-        mixed = mlp(hidden)
-        drawn.add(next(place for place, own in enumerate(alone) if torch.allclose(mixed, own, **CLOSE)))
-    assert drawn == {0, 1, 2}
-    torch.testing.assert_close(mlp.eval()(hidden), whole(hidden), **CLOSE)
-
-
-def test_two_experts_at_once_keep_the_ratio_of_their_gates(layer_of_all):
-    mlp, whole = layer_of_all(2)
-    hidden = torch.randn(1, 12, mlp.experts.experts[0]["up_proj"].in_features)
-    probabilities = torch.nn.functional.linear(hidden[0], mlp.gate.weight).softmax(-1)
-    torch.manual_seed(1)
-    mixed = mlp.train()(hidden)
-    found = []
-    for left_out in range(3):
-        gates = probabilities.clone()
-        gates[:, left_out] = 0
-        gates = gates / gates.sum(-1, keepdim=True)
-        outputs = [
-            expert["down_proj"](mlp.experts.act_fn(expert["gate_proj"](hidden)) * expert["up_proj"](hidden))[0]
-            for expert in mlp.experts.experts
-        ]
-        expected = sum(gates[:, [place]] * output for place, output in enumerate(outputs))
-        found.append(torch.allclose(mixed[0], expected, **CLOSE))
-    assert sum(found) == 1
-
-
-@pytest.mark.parametrize("at_once", [0, 4])
-def test_experts_at_once_out_of_range_are_refused(layer_of_all, at_once):
-    with pytest.raises(InputError, match=f"found {at_once}, for a model that uses 3 of 3"):
-        layer_of_all(at_once)
-
-
-def test_experts_at_once_need_a_router_that_chooses_all(done_run):
-    with pytest.raises(InputError, match="uses 1 of 3 experts per token.*--experts_per_token 3"):
-        split_experts(load_model(done_run / "moe"), at_once=1)
-
-
 def test_splitting_takes_no_memory(done_run):
     model = load_model(done_run / "moe")
     fused = model.model.layers[1].mlp.experts.gate_up_proj
@@ -143,9 +78,9 @@ def test_an_expert_that_no_token_chose_still_takes_part_in_the_backward_pass(mod
 
 
 def tune(run_dir, *arguments):
-    recipe = REPOSITORY / "recipes/smollm2-135m/instruct_tune_moe.yaml"
+    recipe = REPOSITORY / "recipes/sample/instruct_tune_moe.yaml"
     call("recipes/instruct_tune.py", "--config", recipe, "--run_dir", run_dir, *SHORT, "--rows_per_task", 8,
-         "--rows_of_task", "{}", "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}", "--bf16", False,
+         "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}", "--bf16", False,
          "--dtype", "float32", *arguments)  # fmt: skip
 
 

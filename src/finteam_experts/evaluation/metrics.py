@@ -71,12 +71,6 @@ def _draws(units: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)[:, units].astype(float)
 
 
-def majority_vote(predictions: np.ndarray, classes: int) -> np.ndarray:
-    """The prediction of most models for each row: `predictions` [models, rows] to [rows]. The first model decides a tie."""
-    ballots = predictions[..., None] == np.arange(classes)  # [models, rows, classes]
-    return (ballots.sum(axis=0) + ballots[0] / 2).argmax(axis=-1)
-
-
 def paired_difference(
     labels: dict[str, np.ndarray],
     units: dict[str, np.ndarray],

@@ -13,7 +13,6 @@ from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import PretrainedConfig
 
-from finteam_experts.errors import InputError
 from finteam_experts.families import is_moe
 from finteam_experts.models import MLP_MODULES
 
@@ -38,9 +37,8 @@ def adapts_linear_experts(config: PretrainedConfig, target_modules: Collection[s
 class SplitExperts(nn.Module):
     """The experts of one layer, with the interface of the fused module, whose memory they share."""
 
-    def __init__(self, fused: nn.Module, at_once: int | None = None) -> None:
+    def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        self.at_once = at_once
         self.act_fn = fused.act_fn
         self.experts = nn.ModuleList()
         for gate_up, down in zip(fused.gate_up_proj.data, fused.down_proj.data, strict=True):
@@ -51,14 +49,8 @@ class SplitExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Mix the chosen experts' outputs: `hidden_states` [tokens, hidden], the others [tokens, experts per token]."""
-        chosen = torch.ones_like(top_k_index, dtype=torch.bool)
-        if self.training and self.at_once:
-            drawn = torch.randperm(len(self.experts))[: self.at_once]
-            chosen = torch.isin(top_k_index, drawn.to(top_k_index.device))
-            top_k_weights = top_k_weights * chosen
-            top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
         mixed = torch.zeros_like(hidden_states)
-        if top_k_index.shape[-1] == len(self.experts) and not self.at_once:  # nothing to gather
+        if top_k_index.shape[-1] == len(self.experts):  # nothing to gather
             for place, expert in enumerate(self.experts):
                 gate = (top_k_weights * (top_k_index == place)).sum(-1, keepdim=True)
                 mixed = mixed + (self._output(expert, hidden_states) * gate).to(mixed.dtype)
@@ -66,7 +58,7 @@ class SplitExperts(nn.Module):
         # One gather for all experts, and one sum
         tokens, gates = [], []
         for place in range(len(self.experts)):
-            token, choice = torch.where((top_k_index == place) & chosen)
+            token, choice = torch.where(top_k_index == place)
             missing = -len(token) % ROWS  # padded with the first token, at a weight of 0
             tokens.append(nn.functional.pad(token, (0, missing)))
             gates.append(nn.functional.pad(top_k_weights[token, choice], (0, missing)))
@@ -86,23 +78,11 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def split_experts(model: nn.Module, *, at_once: int | None = None) -> None:
-    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model.
-
-    With `at_once`, training uses only that many experts of a layer in each step, drawn again for every layer and step, with
-    their gates scaled to a sum of 1; evaluation uses all that the router chooses. It is the stochastic routing of AdaMix
-    (Wang et al. 2022, arXiv:2205.12410), in which each module learns to do without the others. A token needs one of the drawn
-    experts, so the router has to choose all of them: `InputError` otherwise.
-    """
-    used, experts = model.config.num_experts_per_tok, model.config.num_local_experts
-    if at_once is not None and not (1 <= at_once <= experts == used):
-        raise InputError(
-            f"experts_at_once: found {at_once}, for a model that uses {used} of {experts} experts per token. It is a number "
-            f"from 1 to {experts}, for a model whose tokens use all experts: merge it with --experts_per_token {experts}."
-        )
+def split_experts(model: nn.Module) -> None:
+    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model."""
     _SPLIT_TYPES.add(model.config.model_type)
     for layer in model.model.layers:
-        layer.mlp.experts = SplitExperts(layer.mlp.experts, at_once)
+        layer.mlp.experts = SplitExperts(layer.mlp.experts)
 
 
 def split_on_cpu(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from finteam_experts.errors import InputError
 from finteam_experts.families import is_moe
 from finteam_experts.merging.adapters import merge_adapter
 from finteam_experts.merging.sums import copy_sums
-from finteam_experts.models import COMPANION_FILES, MLP_MODULES, read_config
+from finteam_experts.models import COMPANION_FILES, read_config
 from finteam_experts.training import checkpoints, cpu
 from finteam_experts.training.arguments import BaseModelConfig, RunArguments
 from finteam_experts.training.experts import adapts_linear_experts, split_experts
@@ -42,12 +42,10 @@ def train_lora(
     model_folder: Path, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, script_args: RunArguments,
     training_args: SFTConfig, model_args: BaseModelConfig, work: Path,
     callback_of: Callable[[SFTTrainer], TrainerCallback] | None = None,
-    experts_at_once: int | None = None, route_by_task: bool = False,
 ) -> SFTTrainer:  # fmt: skip
     """Train a LoRA on `dataset`, with checkpoints in `work`, from the last complete one if there is any.
 
-    `callback_of(trainer)` makes a callback that needs the trainer; `experts_at_once` is for `split_experts`. With
-    `route_by_task` the dataset's column `expert` says which expert of the MoE a row goes through.
+    `callback_of(trainer)` makes a callback that needs the trainer.
     """
     set_seed(training_args.seed)  # the LoRA is drawn before the trainer sets its seed
     config, quantization = read_config(model_folder), get_quantization_config(model_args)
@@ -65,13 +63,8 @@ def train_lora(
     model = str(model_folder)
     if adapts_linear_experts(config, model_args.lora_target_modules):
         model = AutoModelForCausalLM.from_pretrained(model_folder, **training_args.model_init_kwargs)
-        split_experts(model, at_once=experts_at_once)
+        split_experts(model)
         training_args.model_init_kwargs = None  # they are for a model that the trainer loads
-    elif experts_at_once is not None:
-        raise InputError(
-            f"experts_at_once is {experts_at_once}: it is for an MoE with a LoRA on its experts' matrices. Leave it out, or "
-            f"name {', '.join(MLP_MODULES)} in lora_target_modules."
-        )
     training_args.output_dir = str(work)
     training_args.include_num_input_tokens_seen = "all"  # unlike TRL's own count, it survives a resume
     # The trainer deletes the oldest before the newest is marked complete: keep one more than the newest.
@@ -89,8 +82,6 @@ def train_lora(
     )
     if fast:
         cpu.fuse_lora(trainer.model)
-    if route_by_task:
-        trainer.route_by_task()
     if callback_of:
         trainer.add_callback(callback_of(trainer))
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None

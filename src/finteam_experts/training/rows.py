@@ -2,10 +2,8 @@
 """The rows of a tuning as tokens with labels: tasks, conversations, and datasets in TRL's formats."""
 
 import random
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, interleave_datasets
@@ -19,7 +17,6 @@ from finteam_experts.data.tasks import Tasks, render_all
 from finteam_experts.data.trl_datasets import Parts
 from finteam_experts.errors import InputError, is_main_process
 from finteam_experts.training.sampler import STRATUM
-from finteam_experts.training.task_routing import EXPERT
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def mixed(tasks: list[Example], chats: list[Example], chat_share: float | None, 
 
 def in_shares(parts: dict[str, list[Example]], shares: dict[str, float], longest: int, seed: int) -> Dataset:
     """The rows of all parts, drawn in these shares until each part is through; a short one starts again."""
-    datasets = [as_dataset(_shuffled(rows, seed), longest, None) for rows in parts.values()]
+    datasets = [as_dataset(_shuffled(rows, seed), longest) for rows in parts.values()]
     probabilities = [shares[part] / sum(shares[name] for name in parts) for part in parts]
     return interleave_datasets(datasets, probabilities, seed, stopping_strategy="all_exhausted")
 
@@ -121,18 +118,14 @@ def _shuffled(rows: list[Example], seed: int) -> list[Example]:
     return random.Random(seed).sample(rows, len(rows))
 
 
-def as_dataset(rows: list[Example], longest: int, team: Collection[str] | None) -> Dataset:
+def as_dataset(rows: list[Example], longest: int) -> Dataset:
     """The rows as TRL takes them ready-made.
 
-    Rows longer than `longest` would lose their answer: they are left out, and counted on the screen. With `team` each row has
-    its analyst's place in it as `expert`; `InputError` for a row of no analyst.
+    Rows longer than `longest` would lose their answer: they are left out, and counted on the screen.
     """
-    columns: list[dict[str, Any]] = []
-    for row in rows:
-        if len(row.ids) <= longest:
-            columns.append({"input_ids": row.ids, "labels": row.labels, STRATUM: row.stratum})
-            if team is not None:
-                columns[-1][EXPERT] = list(team).index(_expert_of(row.role, team))
+    columns = [
+        {"input_ids": row.ids, "labels": row.labels, STRATUM: row.stratum} for row in rows if len(row.ids) <= longest
+    ]
     if not columns:
         raise InputError(
             f"none of the {len(rows)} rows has {longest} tokens or fewer: shorten them, or raise max_length."
@@ -140,17 +133,6 @@ def as_dataset(rows: list[Example], longest: int, team: Collection[str] | None) 
     if len(columns) < len(rows) and is_main_process():
         print(f"{len(rows) - len(columns)} of {len(rows)} rows are left out: they have more than {longest} tokens")
     return Dataset.from_list(columns)
-
-
-def _expert_of(role: str | None, team: Collection[str]) -> str:
-    if role in team:
-        return str(role)
-    if role is None and "base" in team:  # the generalist
-        return "base"
-    whose = f"of the role {role}" if role else "of no analyst"
-    raise InputError(
-        f"route_by_task: there are rows {whose}, and the team has {', '.join(team)}. Leave them out of the data."
-    )
 
 
 def check_length(tokens: int | None, config: PretrainedConfig) -> None:

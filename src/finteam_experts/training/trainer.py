@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFT trainer with stratified rows, which may choose their expert, the CPU's loss, and an end at the first that is not finite.
+"""TRL's SFT trainer with stratified rows, the CPU's loss, and an end at the first that is not finite.
 
 It reads attributes of `SFTTrainer` that are no public interface: tests/training/test_trl.py checks that they are there.
 """
@@ -15,24 +15,12 @@ from finteam_experts.training import cpu
 from finteam_experts.training.checkpoints import not_finite
 from finteam_experts.training.loss import balanced_loss
 from finteam_experts.training.sampler import STRATUM, StratifiedSampler
-from finteam_experts.training.task_routing import EXPERT, TaskRouting, with_experts
 
 
 class RecipeTrainer(SFTTrainer):
     cpu_speedups = True
     balance_rows = False
     stratify_rows = True
-    task_routing: TaskRouting | None = None
-
-    def route_by_task(self) -> None:
-        """Train each row in the expert that the dataset's column `expert` names."""
-        self.task_routing = TaskRouting(self.accelerator.unwrap_model(self.model).get_base_model())
-        self.data_collator = with_experts(self.data_collator)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if self.task_routing and EXPERT not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, EXPERT]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         whole = self.train_dataset  # `train_dataset` is without the columns that the model doesn't take
@@ -58,8 +46,6 @@ class RecipeTrainer(SFTTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.task_routing:
-            self.task_routing.experts = inputs.pop(EXPERT)  # stays for the second forward pass of checkpointing
         if self.cpu_speedups and not return_outputs and cpu.has_compact_loss(self, inputs):
             return cpu.compact_loss(self, model, inputs, num_items_in_batch, balance_rows=self.balance_rows)
         if self.balance_rows:
