@@ -58,7 +58,7 @@ class Reply(TypedDict):
 
 
 def checked(text: object, what: str) -> str:
-    """The text, stripped; a `gr.Error` if it is empty, too long or, over the API, no text."""
+    """The text, stripped; a `gr.Error` if it is empty, too long, written by a template or, over the API, no text."""
     # half a character, which no tokenizer takes, becomes a question mark
     text = text.encode(errors="replace").decode().strip() if isinstance(text, str) else ""
     if not text:
@@ -67,6 +67,8 @@ def checked(text: object, what: str) -> str:
         raise gr.Error(
             f"Please keep {what} below {MAX_CHARACTERS} characters; this one has {len(text)}.", print_exception=False
         )
+    if mark := team.form.mark(text):
+        raise gr.Error(f"Please leave out {mark}: only the chat template writes that.", print_exception=False)
     return text
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model folders: finding, checking and loading them."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from finteam_experts.threads import has_bf16_units
@@ -15,8 +16,8 @@ from finteam_experts.chats import ChatFormat, TemplateError, chat_format
 from finteam_experts.data.tasks import SYSTEM_PROMPT
 from finteam_experts.errors import InputError
 from finteam_experts.families import check_config
-from finteam_experts.files import read_json
-from finteam_experts.weights import INDEX, StoredTensors, open_tensors, weight_files
+from finteam_experts.files import read_json, write_json
+from finteam_experts.weights import DTYPES, INDEX, StoredTensors, open_tensors, weight_files
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")  # what becomes the experts of the MoE
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -34,9 +35,12 @@ COMPANION_FILES = (*TOKENIZER_FILES, TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION
 FETCHED_FILES = ("model.safetensors", "model-*.safetensors", INDEX, "config.json", *COMPANION_FILES)
 
 
-def local_folder(name: str) -> Path:
-    """The folder of a model given as a folder or as a Hub id, which is downloaded (weights as safetensors only)."""
-    if (Path(name) / "config.json").is_file():
+def local_folder(name: str, others: Collection[str] = ()) -> Path:
+    """The folder of a model given as a folder or as a Hub id, which is downloaded (weights as safetensors only).
+
+    `others` are files that are wanted beside those of a model, or instead of them.
+    """
+    if any((Path(name) / file).is_file() for file in ("config.json", *others)):
         return Path(name)
     if Path(name).exists() or name.count("/") != 1:
         raise InputError(
@@ -44,16 +48,23 @@ def local_folder(name: str) -> Path:
             "--base, or let scripts/make_base.py write RUN_DIR/base."
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FETCHED_FILES)))
+        return Path(snapshot_download(name, allow_patterns=[*FETCHED_FILES, *others]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"the model '{name}' is not a folder here and could not be fetched from the Hub: {error}"
+            f"the model '{name}' is not a folder here and could not be fetched from the Hub. If it is private, log in with "
+            f"'hf auth login' as someone who may read it. The Hub's answer: {error}"
         ) from None
 
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The config of a model folder; `InputError` if it can't be read or names an architecture unknown to transformers."""
-    read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
+    for key in ("dtype", "torch_dtype"):
+        if content.get(key) not in (None, *DTYPES):
+            raise InputError(
+                f"{folder}/config.json: {key} is {content[key]!r}, which transformers can't read. Write the type of the weights: "
+                f"{', '.join(DTYPES)}."
+            )
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -68,6 +79,8 @@ def check_base(folder: Path) -> PretrainedConfig:
     config = read_config(folder)
     check_config(config, folder)
     _check_tensors(folder, config)
+    for name in ("config.json", GENERATION_FILE):
+        _eos_ids(folder / name, config.vocab_size)
     if (tokens := len(load_tokenizer(folder))) > config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokens} tokens and the model's vocabulary {config.vocab_size}: "
@@ -131,12 +144,47 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def as_chats(tokenizer: PreTrainedTokenizerBase, folder: Path) -> ChatFormat:
     """How the tokenizer of the model in `folder` writes conversations; `InputError` if its template can't be used."""
     try:
-        return chat_format(tokenizer, SYSTEM_PROMPT)
+        return chat_format(tokenizer, SYSTEM_PROMPT, InputError)
     except TemplateError as error:
         raise InputError(
             f"{folder}: its chat template can't be used: {error} Put a template into {folder}/{TEMPLATE_FILE} that writes an "
-            "answered prompt as it writes the prompt."
+            "answered prompt as it writes the prompt, and ends an answer with a special token."
         ) from None
+
+
+def _eos_ids(path: Path, tokens: int) -> list[int]:
+    """The `eos_token_id` of a config, where generation stops; `InputError` unless they are numbers of a model's `tokens` tokens."""
+    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and 0 <= token < tokens for token in ids):
+        raise InputError(
+            f"{path}: eos_token_id is {value!r}; it is the number of a token below {tokens}, or a list of them."
+        )
+    return ids
+
+
+def align_eos(folder: Path) -> None:
+    """Let whatever generates with the model in `folder` stop at the token that its chat template puts after an answer.
+
+    As TRL does with an `eos_token`: transformers and vLLM stop at any eos_token_id of generation_config.json, where those of
+    the base stay; llama.cpp stops at the tokenizer's eos_token, or that of config.json.
+    """
+    tokenizer, config = load_tokenizer(folder), read_json(folder / "config.json")
+    stop, path = as_chats(tokenizer, folder).stop_id, folder / GENERATION_FILE
+    of_config, of_generation = (_eos_ids(file, config["vocab_size"]) for file in (folder / "config.json", path))
+    if not {stop, tokenizer.eos_token_id} <= set(of_generation):
+        others = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+        content = read_json(path) if path.is_file() else others
+        ids = dict.fromkeys([stop, tokenizer.eos_token_id, *(of_generation or of_config)])
+        write_json(path, content | {"eos_token_id": list(ids)})
+    if stop not in of_config:
+        write_json(folder / "config.json", config | {"eos_token_id": stop})
+    if (
+        tokenizer.eos_token_id != stop and "eos_token" not in tokenizer.get_chat_template()
+    ):  # it would write another text
+        for file in (folder / TOKENIZER_CONFIG, folder / "special_tokens_map.json"):
+            if file.is_file():
+                write_json(file, read_json(file) | {"eos_token": tokenizer.convert_ids_to_tokens(stop)})
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> torch.nn.Module:

@@ -2,19 +2,29 @@
 """Conversations and TRL's formats as data: what can't be used is named, and what can be is trained on."""
 
 import json
+import re
+import shutil
 
 import pytest
-import yaml
-from datasets import Dataset
+from transformers import AutoTokenizer
 
-from conftest import REPOSITORY, ROLES, SHORT, TASKS, call, fit_router, form_of, instruct_tune, train_expert
-from finteam_experts.data.conversations import chat_file, read_chats
+from conftest import ROLES, TASKS, call, fit_router, form_of, instruct_tune, train_expert
+from finteam_experts.chats import TEMPLATE_SETTINGS, chat_format
+from finteam_experts.data.conversations import chat_file, read_chats, trl_row
 from finteam_experts.data.files import write_rows
+from finteam_experts.data.tasks import SYSTEM_PROMPT
 from finteam_experts.errors import InputError
 from finteam_experts.runs import read_record
-from finteam_experts.training.rows import Example, in_shares, mixed
+from templates import TRL, with_template
 
 TOPICS = {"macro": "inflation", "micro": "net sales", "quant": "the mean return"}
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "price", "description": "Of a share.", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"type": "function", "function": {"name": "price", "arguments": {"ticker": "X"}}}
 
 
 def messages(*contents: str) -> list[dict[str, str]]:
@@ -54,13 +64,132 @@ def talking_run(copied_run):
         ([{"role": "system", "content": "S"}], "ends with a turn of 'system'"),
         ("A?", "messages is 'A[?]'"),
         ([], "messages is"),
-        ([{"role": "user"}], "turn 1 is empty"),
+        ([{"role": "user"}], "turn 1 has None as content"),
+        (["A?"], "turn 1 is 'A[?]'; it has role and content"),
+        ([{"role": "human", "content": "A?"}], "turn 1 has the role 'human'; it is system, user"),
+        ([{"role": "user", "content": 5}], "turn 1 has 5 as content; it is text"),
+        ([{"role": "user", "content": {"text": "A?"}}], "turn 1 has {'text': 'A[?]'} as content"),
+        ([{"role": "user", "content": []}], "turn 1 is empty: its content is ''"),
+        ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], "turn 1 has the part {'type': 'image'"),
+        ([messages("A?")[0] | {"images": ["x.png"]}], r"turn 1 has images \['x.png'\], which would not be used"),
+        ([messages("A?")[0] | {"name": "Ann"}], "turn 1 has name 'Ann'"),
+        ([*messages("A?"), messages("A?", "B.")[1] | {"weight": 0}], "turn 2 has weight 0"),
+        ([*messages("A?"), messages("A?", "B.")[1] | {"train": False}], "turn 2 has train False"),
+        (
+            [*messages("A?"), messages("A?", "B.")[1] | {"reasoning_content": "Hm."}],
+            "turn 2 has reasoning_content 'Hm.'",
+        ),
+        (
+            [*messages("A?"), messages("A?", "B.")[1] | {"tool_calls": [CALL]}],
+            "turn 2 has tool_calls, and the last turn",
+        ),
+        (
+            [*messages("A?"), {"role": "assistant", "tool_calls": ["price"]}],
+            r"turn 2: tool_calls is \['price'\]; it is a list",
+        ),
+        (
+            [*messages("A?"), {"role": "tool", "content": "3"}, *messages("A?", "B.")[1:]],
+            "are of user, tool, assistant",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_named_with_its_line(tmp_path, turns, message):
     write_rows(chat_file(tmp_path, "macro"), [{"messages": messages("A?", "B.")}, {"messages": turns}])
     with pytest.raises(InputError, match=rf"macro.jsonl, line 2: .*{message}"):
         read_chats(tmp_path, "macro")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("system", "Be brief."), ("images", ["x.png"]), ("tool_calls", [CALL]), ("reasoning_content", "Hm."), ("weight", 0),
+     ("chat_template_kwargs", {"enable_thinking": True})],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "row", [{"messages": messages("A?", "B.")}, {"prompt": "A?", "completion": "B."}, {"text": "Sales rose."}]
+)
+def test_a_column_that_would_not_be_used_is_named(row, column, value):
+    others = {
+        "source": "here",
+        "tools": None,
+        "videos": [],
+    }  # those of a source say nothing, and neither do empty ones
+    assert trl_row(row | others, "row 1") == trl_row(row, "row 1")
+    with pytest.raises(InputError, match=f"row 1: column '{column}' is .*, and would not be used"):
+        trl_row(row | {column: value}, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": 5}, "text is 5"),
+        ({"text": ["Sales rose."]}, r"text is \['Sales"),
+        ({"text": " "}, "text is ' '"),
+        ({"text": None, "source": "x"}, "text is None"),
+        ({"prompt": "A?", "completion": None}, "completion is None"),
+        ({"prompt": 5, "completion": "B."}, "turn 1 has 5 as content"),
+        ({"prompt": "A?", "completion": " "}, "turn 2 is empty"),
+        ({"messages": None}, "messages is None"),
+        ({"question": "A?"}, "its columns are question. Understood are messages, prompt and completion, or text"),
+    ],
+)
+def test_a_value_is_not_blamed_on_its_column(row, message):
+    with pytest.raises(InputError, match=f"row 1: {message}"):
+        trl_row(row, "row 1")
+
+
+def test_text_in_parts_is_joined():
+    parts = [{"type": "text", "text": "Sales", "image": None}, {"type": "text", "text": " rose?"}]
+    row = {"messages": [{"role": "user", "content": parts}, *messages("A?", "B.")[1:]]}
+    assert trl_row(row, "row 1") == trl_row({"messages": messages("Sales rose?", "B.")}, "row 1")
+
+
+TOOL_TURNS = [
+    *messages("What is X?"),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "price", "content": '{"price": "3"}'},
+    {"role": "assistant", "content": "It is 3."},
+]
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss"])
+def test_tools_are_written_as_trl_writes_them(toy_base, name, tools):
+    tokenizer = with_template(AutoTokenizer.from_pretrained(toy_base), TRL[name], "</s>")
+    form = chat_format(tokenizer, SYSTEM_PROMPT)
+    for turns in (messages("What is X?", "It is 3."), TOOL_TURNS):
+        (exchange,) = form.exchanges([trl_row({"messages": turns, "tools": tools}, "row 1")])
+        said = [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
+        whole = tokenizer.apply_chat_template(said, tools=[TOOL], chat_template=form.template, **TEMPLATE_SETTINGS)
+        assert exchange.ids == whole["input_ids"]
+        assert tokenizer.decode(exchange.answer).endswith("It is 3.")
+
+
+def test_tools_that_a_template_leaves_out_are_named(toy_base):
+    form = form_of(toy_base)
+    row = trl_row({"messages": messages("What is X?", "It is 3."), "tools": [TOOL]}, "row 7")
+    with pytest.raises(InputError, match="row 7: the chat template leaves out 'price'"):
+        form.exchanges([row])
+    with pytest.raises(InputError, match="row 7: tools is 'x'"):
+        trl_row({"messages": messages("A?", "B."), "tools": "x"}, "row 7")
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (messages("<|im_start|>user\nA?<|im_end|>\n", "B."), "it has '<|im_start|>' in '<|im_start|>user"),
+        (messages("A?", "B.<|im_end|>"), "it has '<|im_end|>' in 'B.<|im_end|>'"),
+        (
+            messages("A?", "<think>\nHm.\n</think>\n\nB."),
+            "the chat template writes a prompt differently once it is answered",
+        ),
+    ],
+)
+def test_a_conversation_that_a_template_cannot_write_is_named_with_its_line(toy_base, tmp_path, turns, message):
+    folder = shutil.copytree(toy_base, tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(TRL["qwen3"])
+    write_rows(chat_file(tmp_path, "macro"), [{"messages": messages("A?", "B.")}, {"messages": turns}])
+    with pytest.raises(InputError, match=re.escape(f"macro.jsonl, line 2: {message}")):
+        form_of(folder).exchanges(read_chats(tmp_path, "macro"))
 
 
 def test_the_loss_is_on_the_last_answer_and_a_system_turn_stays(toy_base):
@@ -74,23 +203,6 @@ def test_the_loss_is_on_the_last_answer_and_a_system_turn_stays(toy_base):
     assert form.tokenizer.decode(exchange.answer) == "Second."
 
 
-def test_a_share_of_the_tokens():
-    tasks = [Example([0] * 10, [0] * 10, None, "task") for _ in range(20)]
-    chats = [Example([0] * 30, [0] * 30, None, "chat") for _ in range(10)]
-    assert len(mixed(tasks, chats, None, 0)) == 30
-    for share in (0.0, 0.3, 0.6, 1.0):
-        rows = mixed(tasks, chats, share, 0)
-        of_chats = sum(len(row.ids) for row in rows if row.stratum == "chat")
-        assert of_chats / sum(len(row.ids) for row in rows) == pytest.approx(share, abs=0.1)
-        assert len(rows) >= 10
-    for rows, share, message in (
-        (([], chats), 0.5, "no task rows"),
-        ((tasks, []), 0.5, "no chats/ROLE"),
-    ):
-        with pytest.raises(InputError, match=message):
-            mixed(*rows, share, 0)
-
-
 def test_a_team_is_tuned_on_conversations_and_answers_are_scored(talking_run, capsys):
     fit_router(talking_run, "--overwrite")
     instruct_tune(talking_run, "moe", "--chat_share", 0.5)
@@ -99,7 +211,7 @@ def test_a_team_is_tuned_on_conversations_and_answers_are_scored(talking_run, ca
     call("scripts/evaluate.py", "--run_dir", talking_run, "--models", "base", "moe-instruct", "--limit", 4, "--chats", 3,
          "--name", "answers")  # fmt: skip
     printed = capsys.readouterr().out
-    assert "Answers to 3 held-out conversations of macro" in printed
+    assert "Answers to held-out conversations" in printed and "3 of macro" in printed
     report = json.loads((talking_run / "reports/answers.json").read_text())
     own = report["models"]["moe-instruct"]["answers"]["quant"]
     assert own["n"] == len(own["written"]) == 3
@@ -152,13 +264,6 @@ def test_shares_that_an_expert_cannot_learn_in(new_run, shares):
         train_expert(new_run, "macro", "--learn_from", shares)
 
 
-def test_rows_are_drawn_in_shares_and_a_short_part_starts_again():
-    short, long = (Example([name], [name], None, "") for name in (1, 2))
-    rows = in_shares({"a": [short] * 3, "b": [long] * 60}, {"a": 0.5, "b": 0.5, "c": 9.0}, 8, seed=0)["input_ids"]
-    assert rows.count([2]) >= 60
-    assert 0.4 < rows.count([1]) / len(rows) < 0.6
-
-
 def test_conversations_of_a_role_that_the_team_does_not_have(talking_run):
     write_chats(talking_run / "data", "legal")
     with pytest.raises(InputError, match="legal.jsonl: the team has macro, micro, quant. Rename it to general.jsonl"):
@@ -174,67 +279,8 @@ def test_a_held_out_conversation_in_train(talking_run):
         instruct_tune(talking_run, "dense")
 
 
-FORMATS = {
-    "messages": [{"messages": messages(f"Question {n}?", f"Answer {n}.")} for n in range(8)],
-    "prompt and completion": [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(8)],
-    "conversational prompt": [{"prompt": messages(f"Q {n}?"), "completion": [{"role": "assistant", "content": "A."}]} for n in range(8)],
-    "text": [{"text": f"Sales of company {n} rose by {n} percent."} for n in range(8)],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_datasets_in_trls_formats(copied_run, tmp_path, name):
-    Dataset.from_list(FORMATS[name]).to_json(tmp_path / "set/train.jsonl")
-    (copied_run / "dense-instruct").rename(copied_run / "old")
-    nothing = ("--data_dir", tmp_path / "nothing")
-    instruct_tune(copied_run, "dense", "--dataset_name", tmp_path / "set", *nothing, "--num_train_epochs", 1, "--max_steps", -1,
-                  "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}")  # fmt: skip
-    record = read_record(copied_run / "dense-instruct")
-    assert record["results"]["rows_seen"] == 8
-    assert str(tmp_path) not in json.dumps(record)
-
-
-def test_a_stream_and_a_mixture_with_roles(copied_run, tmp_path):
-    for name in ("messages", "text"):
-        Dataset.from_list(FORMATS[name]).to_json(tmp_path / name / "train.jsonl")
-    (copied_run / "moe-instruct").rename(copied_run / "old")
-    recipe = tmp_path / "mixture.yaml"
-    recipe.write_text(
-        f"datasets:\n- path: {tmp_path}/messages\n- path: {tmp_path}/text\ndataset_roles: [micro, none]\n"
-    )
-    with pytest.raises(InputError, match="dataset_roles is micro, for 2 datasets"):
-        call("recipes/instruct_tune.py", "--config", recipe, "--dataset_roles", "micro")
-    with pytest.raises(InputError, match="set max_steps"):
-        instruct_tune(
-            copied_run,
-            "moe",
-            "--dataset_name",
-            tmp_path / "messages",
-            "--dataset_streaming",
-            "true",
-            "--max_steps",
-            -1,
-        )
-    full = yaml.safe_load((REPOSITORY / "recipes/sample/instruct_tune_moe.yaml").read_text()) | yaml.safe_load(
-        recipe.read_text()
-    )
-    recipe.write_text(yaml.safe_dump(full))
-    call("recipes/instruct_tune.py", "--config", recipe, "--run_dir", copied_run, *SHORT)
-    roles = [source["role"] for source in read_record(copied_run / "moe-instruct")["inputs"]["datasets"]]
-    assert roles == ["micro", "none"]
-    (copied_run / "moe-instruct").rename(copied_run / "mixture")
-    instruct_tune(copied_run, "moe", "--dataset_name", tmp_path / "messages", "--dataset_streaming", "true",
-                  "--dataset_roles", "micro")  # fmt: skip
-    assert read_record(copied_run / "moe-instruct")["inputs"]["datasets"][0]["role"] == "micro"
-    Dataset.from_dict({"question": ["A?"], "reply": ["B."]}).to_json(tmp_path / "other/train.jsonl")
-    with pytest.raises(
-        InputError, match="its columns are question, reply. Understood are messages, prompt and completion, or text"
-    ):
-        instruct_tune(copied_run, "dense", "--dataset_name", tmp_path / "other")
-
-
 def test_chat_share_without_conversations(new_run):
-    with pytest.raises(InputError, match="chat_share is 0.5, and the data directory has no chats/ROLE.jsonl"):
+    with pytest.raises(InputError, match="chat_share is 0.5, and there are no conversations"):
         instruct_tune(new_run, "dense", "--chat_share", 0.5)
 
 

@@ -9,12 +9,14 @@ from finteam_experts.chats import ChatFormat, Exchange
 from finteam_experts.data.conversations import GENERAL, chat_roles, read_chats
 from finteam_experts.data.files import check_passages, read_corpus, read_task, tasks_of
 from finteam_experts.data.tasks import render_all
+from finteam_experts.errors import is_main_process
 from finteam_experts.evaluation.batches import encode
 
 Sequences = list[list[int]]  # token ids
 
 PASSAGE_TOKENS = 64  # many short pieces tell roles apart better than few long ones
 CHAT_TOKENS = 192
+FIRST_TOKENS = 24  # of those: where a conversation is cut, the model still reads how it begins
 ANSWER = "Yes."  # to a passage as a message, where only the message is used
 HELD_BACK = 6  # passages per role that choose the scale and show the progress; the regression never sees them
 HELD_BACK_TOKENS = 96
@@ -63,8 +65,11 @@ def role_text(
     talks = read_chats(data, role) if role in chat_roles(data) else []
     talks = rng.sample(talks, min(len(talks), tokens // 16))
     messages = [] if asked or talks else [(passage, ANSWER) for passage in passages[: tokens // 16]]
-    text = _first_tokens([excerpt(own.prompt[:CHAT_TOKENS], own.spans) for own in form.exchanges(messages)], in_chats)
-    asked, talks = ([_of_chat(own) for own in form.exchanges(part)] for part in (asked, talks))
+    messages = [_of_chat(own.prompt, own.spans[: len(own.prompt)]) for own in form.exchanges(messages)]
+    text = _first_tokens(messages, in_chats)
+    asked, talks = (form.exchanges(part) for part in (asked, talks))
+    _say_what_is_cut(role, asked + talks)
+    asked, talks = ([_of_chat(own.ids, own.spans) for own in part] for part in (asked, talks))
     rng.shuffle(asked)
     text += _first_tokens(asked, in_chats - _tokens(text) - min(_tokens(talks), round(TALK_SHARE * in_chats)))
     text += _first_tokens(talks, in_chats - _tokens(text))  # and what the tasks lack
@@ -83,11 +88,32 @@ def general_text(data: Path, form: ChatFormat, tokens: int) -> list[Excerpt]:
     """Conversations that are of no analyst, up to `tokens` tokens; none where the data has none."""
     if GENERAL not in chat_roles(data):
         return []
-    return _first_tokens([_of_chat(exchange) for exchange in form.exchanges(read_chats(data, GENERAL))], tokens)
+    exchanges = form.exchanges(read_chats(data, GENERAL))
+    _say_what_is_cut(GENERAL, exchanges)
+    return _first_tokens([_of_chat(own.ids, own.spans) for own in exchanges], tokens)
 
 
-def _of_chat(exchange: Exchange) -> Excerpt:
-    return excerpt(exchange.ids[:CHAT_TOKENS], exchange.spans)
+def _of_chat(ids: list[int], spans: list[int]) -> Excerpt:
+    """A conversation in `CHAT_TOKENS` tokens: its first ones, its question and answer, and as much before them as fits.
+
+    A long answer leaves half of the room to its question and passage.
+    """
+    if len(ids) > CHAT_TOKENS:
+        room = CHAT_TOKENS - FIRST_TOKENS
+        end = len(spans) - next((place for place, span in enumerate(reversed(spans)) if span >= 0), 0)
+        asked, answered = (spans.index(span) if span in spans else end for span in (1, 2))  # places in `SPANS`
+        end = min(end, max(asked + room, answered + room // 2))
+        kept = [*range(FIRST_TOKENS), *range(max(FIRST_TOKENS, end - room), end)]
+        ids, spans = ([values[place] for place in kept] for values in (ids, spans))
+    return excerpt(ids, spans)
+
+
+def _say_what_is_cut(role: str, exchanges: list[Exchange]) -> None:
+    if (cut := sum(len(exchange.ids) > CHAT_TOKENS for exchange in exchanges)) and is_main_process():
+        print(
+            f"{role}: {cut:,} of {len(exchanges):,} conversations have more than {CHAT_TOKENS} tokens. The router is fitted to their "
+            "question, their answer and the end of their passage."
+        )
 
 
 def _tokens(text: list[Excerpt]) -> int:
