@@ -31,15 +31,17 @@ def write_data(folder: Path, seed: int) -> None:
         train, heldout = corpus(role, PASSAGES, HELDOUT_PASSAGES, random.Random(f"{seed} {role}"))
         write_rows(corpus_file(folder, role), train)
         write_rows(corpus_file(folder, role, heldout=True), heldout)
+    scored = []
+    for task in MAKERS:
+        train, test = task_rows(task, TRAIN_ROWS, TEST_ROWS, random.Random(f"{seed} {task}"))
+        write_rows(task_file(folder, task, "train"), train)
+        write_rows(task_file(folder, task, "test"), test)
+        shutil.copyfile(FOLDER / f"{task}.yaml", folder / "tasks" / f"{task}.yaml")
+        scored += [row["text"] for row in test]
     for role in chats.ROLES:
-        train, heldout = chats.chats(role, CHATS, HELDOUT_CHATS, random.Random(f"{seed} {role} chats"))
+        train, heldout = chats.chats(role, CHATS, HELDOUT_CHATS, random.Random(f"{seed} {role} chats"), scored)
         write_rows(chat_file(folder, role), train)
         write_rows(chat_file(folder, role, heldout=True), heldout)
-    for task in MAKERS:
-        rows = task_rows(task, TRAIN_ROWS + TEST_ROWS, random.Random(f"{seed} {task}"))
-        write_rows(task_file(folder, task, "train"), rows[:TRAIN_ROWS])
-        write_rows(task_file(folder, task, "test"), rows[TRAIN_ROWS:])
-        shutil.copyfile(FOLDER / f"{task}.yaml", folder / "tasks" / f"{task}.yaml")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key.value, str) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 problem = f"the key '{key.value}' is there twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
@@ -58,13 +59,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; otherwise an `InputError` names file and line."""
     try:
         content = yaml.load(read_text(path), Loader=_StrictLoader)
+        json.dumps(content, default=str, skipkeys=True)  # a value that holds itself
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         hint = " YAML is indented with spaces, not tabs." if "\\t" in problem else ""
         what = problem if isinstance(error, yaml.constructor.ConstructorError) else f"not YAML: {problem}"
+        if match := re.search(r"constructor for the tag '(.+)'", problem):
+            what = f"the tag '{match[1]}' is not read, since it could run code. Write the value itself"
         raise InputError(f"{path}{where}: {what}.{hint}") from None
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # of a value that is tagged as, or looks like, another type
+        raise InputError(f"{path}: a value can't be read: {error}. Put text in quotes.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}.")
     for key, value in content.items():

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a data directory: what is wrong is named with its file and line."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
 
-from finteam_experts.data.files import corpus_file, evenly_spread, read_corpus, read_task, task_file
-from finteam_experts.data.leaks import check_tasks
+from finteam_experts.data.files import check_files, corpus_file, evenly_spread, read_corpus, read_task, task_file
+from finteam_experts.data.leaks import check_data_dir
 from finteam_experts.data.mixture import tuning_rows
 from finteam_experts.data.prompts import HEADER, compact_prices
 from finteam_experts.data.tasks import default_tasks, render
@@ -58,6 +60,83 @@ def test_bad_rows(data, row, message):
         read_task(data, TASKS["headlines"], "train")
 
 
+@pytest.mark.parametrize("label", [1, 2.5, True, None, ["No"], {"a": "No"}, ""])
+def test_a_label_that_is_no_text(data, label):
+    rewrite(task_file(data, "headlines", "test"), 2, {"text": "x", "label": label})
+    wanted = (
+        rf"headlines_test\.jsonl, line 2: no text in column 'label'.*found {re.escape(repr(label))}; text is in quotes"
+    )
+    with pytest.raises(InputError, match=wanted):
+        read_task(data, TASKS["headlines"], "test")
+
+
+@pytest.mark.parametrize(
+    "label", ["strong buy", "strong\u00a0buy", "\ufeffstrong buy\u200b", " strong  buy\n", "str\u00adong buy"]
+)
+def test_a_label_with_characters_that_cannot_be_seen_is_the_label(data, label):
+    task = dataclasses.replace(TASKS["fpb"], labels=("strong buy", "caf\u00e9", "\u2764\ufe0f"))
+    rewrite(task_file(data, "fpb", "test"), 1, {"text": "x", "label": label})
+    for line, other in enumerate(("cafe\u0301", "\u2764"), start=2):
+        rewrite(task_file(data, "fpb", "test"), line, {"text": "x", "label": other})
+    rows = task_file(data, "fpb", "test").read_text().splitlines()[:3]
+    task_file(data, "fpb", "test").write_text("\n".join(rows) + "\n")
+    assert [row["label"] for row in read_task(data, task, "test")] == list(task.labels)
+
+
+def test_what_cannot_be_seen_in_an_unknown_label_is_named(data):
+    rewrite(task_file(data, "fpb", "train"), 1, {"text": "x", "label": "posi\u200btiv\u00a0"})
+    wanted = (
+        r"unknown label '.*' \(it has U\+200B ZERO WIDTH SPACE, U\+00A0 NO-BREAK SPACE\)\. .* Did you mean 'positive'"
+    )
+    with pytest.raises(InputError, match=wanted):
+        read_task(data, TASKS["fpb"], "train")
+
+
+@pytest.mark.parametrize(("name", "advice"), [
+    ("tasks/fpb_validation.jsonl", "Rename it to fpb_valid.jsonl"), ("tasks/fpb_dev.jsonl", "Rename it to fpb_valid.jsonl"),
+    ("tasks/fpb-test.jsonl", "Rename it to fpb_test.jsonl"), ("tasks/fpb_Train.jsonl", "Rename it to fpb_train.jsonl"),
+    ("tasks/fpb.jsonl", "TASK_train.jsonl, TASK_valid.jsonl or TASK_test.jsonl"), ("tasks/fpb_held_out.jsonl", "fpb_test.jsonl"),
+    ("tasks/fpb_valid.json", "Write its rows to tasks/fpb_valid.jsonl"), ("tasks/fpb_valid.csv", "tasks/fpb_valid.jsonl"),
+    ("chats/macro.json", "Write its rows to chats/macro.jsonl"), ("chats/macro.jsonl.gz", "chats/macro.jsonl"),
+    ("chats/macro_held-out.jsonl", "macro_heldout.jsonl"), ("chats/macro_test.jsonl", "macro_heldout.jsonl"),
+    ("corpora/macro.txt", "corpora/macro.jsonl"), ("corpora/macro.JSONL", "corpora/macro.jsonl"), ("corpora/more/x.jsonl", "corpora/more"),
+    ("corpora/macro_train.jsonl", "Rename it to macro.jsonl"), ("corpora/macro-heldout.jsonl", "Rename it to macro_heldout.jsonl"),
+    ("corpus/macro.jsonl", "Rename it to corpora"), ("chat/macro.jsonl", "Rename it to chats"), ("Tasks/x.jsonl", "Rename it to tasks"),
+])  # fmt: skip
+def test_a_file_that_no_step_reads_is_refused(data, name, advice):
+    (data / name).parent.mkdir(exist_ok=True)
+    (data / name).write_text("{}\n")
+    with pytest.raises(
+        InputError,
+        match=f"{name.split('.')[0] if 'more' not in name else 'corpora/more'}|{name.split('/')[0]}: no step.*",
+    ):
+        check_files(data)
+    with pytest.raises(InputError, match=advice):
+        check_data_dir(data)
+
+
+def test_other_files_beside_the_data(data, capsys):
+    for name in (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        "finteam.json",
+        "tasks/.DS_Store",
+        "corpora/README.md",
+        "chats/x.jsonl.partial",
+    ):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text("x")
+    check_files(data)
+    assert capsys.readouterr().out == ""
+    (data / "raw").mkdir()
+    (data / "train.jsonl").write_text("{}\n")
+    check_files(data)
+    printed = capsys.readouterr().out
+    assert "raw is read by no step" in printed
+    assert "train.jsonl is read by no step" in printed
+
+
 def test_unknown_label_names_the_nearest(data):
     rewrite(task_file(data, "fpb", "train"), 1, {"text": "x", "label": "Positive"})
     with pytest.raises(InputError, match="Did you mean 'positive'"):
@@ -68,7 +147,7 @@ def test_test_row_in_train(data):
     row = json.loads(task_file(data, "fpb", "train").read_text().splitlines()[4])
     rewrite(task_file(data, "fpb", "test"), 2, row | {"text": row["text"].upper() + " !"})
     with pytest.raises(InputError, match=r"fpb_test\.jsonl, line 2: the same text is in .*fpb_train\.jsonl, line 5"):
-        check_tasks(data, ["fpb"])
+        check_data_dir(data)
 
 
 def test_prompt_keeps_the_question_when_the_text_is_long(toy_base):

@@ -89,26 +89,83 @@ def test_sixty_questions_of_the_field_in_several_wordings(role):
         assert 1 <= len(re.findall(r"[.!?](?:\s|$)", answer)) <= 3
 
 
-def test_the_base_answers_general_questions_itself_once(new_run, capsys):
-    call("scripts/rehearse.py", "--run_dir", new_run)
-    (before,) = [line for line in capsys.readouterr().out.splitlines() if "own answers" in line]
-    kept = read_chats(new_run / "data", "general"), read_chats(new_run / "data", "general", heldout=True)
-    assert all(kept)
-    assert 5 <= len(kept[0]) + len(kept[1]) <= 100
+@pytest.fixture
+def rehearse(new_run, monkeypatch):
+    """Run the script with a base that answers with the whole sentence `answer` and the number of the question."""
+
+    def run(answer="It is thing", *arguments):
+        script = load_script("scripts/rehearse.py")
+        answers = lambda model, form, questions, **_: [f"{answer} {n}. And then" for n in range(len(questions))]  # noqa: E731
+        monkeypatch.setattr(script, "greedy_answers", answers)
+        monkeypatch.setattr("sys.argv", ["rehearse.py", "--run_dir", str(new_run), *map(str, arguments)])
+        script.main()
+        return new_run / "data"
+
+    return run
+
+
+def test_the_base_answers_general_questions_itself_once(rehearse, capsys):
+    data = rehearse()
+    assert "general.jsonl: 80 of the base's own answers" in capsys.readouterr().out
+    kept = read_chats(data, "general"), read_chats(data, "general", heldout=True)
+    assert [len(part) for part in kept] == [80, 20]
     assert not any("#" in turns[0]["content"] for turns, _ in kept[0] + kept[1])  # the file begins with a comment
-    call("scripts/rehearse.py", "--run_dir", new_run)
+    before = (data / "chats/general.jsonl").read_bytes()
+    rehearse("Another")
     assert "skipped" in capsys.readouterr().out
-    assert "general.jsonl" in before
+    assert (data / "chats/general.jsonl").read_bytes() == before
+
+
+def test_held_out_conversations_of_the_users_own_are_kept_and_not_trained_on(rehearse, new_run, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("".join(f"Why number {n}?\n" for n in range(10)))
+    path = new_run / "data/chats/general_heldout.jsonl"
+    turns = [{"role": "user", "content": "Why number 3?"}, {"role": "assistant", "content": "It is thing 3."}]
+    path.parent.mkdir()
+    path.write_text(json.dumps({"messages": turns, "mine": 1}) + "\n")
+    before = path.read_bytes()
+    data = rehearse("It is thing", "--questions", tmp_path / "mine.txt")
+    assert path.read_bytes() == before
+    assert "general_heldout.jsonl exists: kept" in capsys.readouterr().out
+    answers = [answer for _, answer in read_chats(data, "general")]
+    assert answers == [f"It is thing {n}." for n in range(10) if n != 3]
+
+
+def test_an_interrupted_rehearsal_goes_on_with_the_same_rows(rehearse):
+    data = rehearse()
+    files = [data / "chats/general.jsonl", data / "chats/general_heldout.jsonl"]
+    before = [path.read_bytes() for path in files]
+    files[0].unlink()  # killed between the two
+    rehearse()
+    assert [path.read_bytes() for path in files] == before
 
 
 @pytest.mark.parametrize(("answer", "kept"), [
     ("It is blue. It is wide. And then it", "It is blue. It is wide."),
     ("One. One. One.", ""),
+    ("你好。你好。", ""),
     ("no sentence at all", ""),
     ("Three tips:\n\n1. Rest. 2. Eat well. 3.", "Three tips:\n\n1. Rest. 2. Eat well."),
+    ("**Rest.** **2.**", "**Rest.**"),
+    ("Небо голубое. Оно широкое. А пот", "Небо голубое. Оно широкое."),
+    ("السماء زرقاء. هل تعلم لماذا؟ لأن", "السماء زرقاء. هل تعلم لماذا؟"),
+    ("天空是蓝色的。它很宽！然后", "天空是蓝色的。它很宽！"),
+    ("「はい。」と言った。そして", "「はい。」と言った。"),
+    ("यह नीला है। यह चौड़ा", "यह नीला है।"),
+    ("ท้องฟ้าเป็นสีฟ้า มันกว้างมาก แล้ว", "ท้องฟ้าเป็นสีฟ้า มันกว้างมาก"),
+    ("The answer is 42.", "The answer is 42."),
+    ("It rose 5 % in 2008. It fell to 3.5", "It rose 5 % in 2008."),
+    ("It was 5%. The", "It was 5%."),
+    ("He said “no.” Then (it ended.) And so", "He said “no.” Then (it ended.)"),
+    ("Wait… It stopped... and", "Wait… It stopped..."),
 ])  # fmt: skip
 def test_rehearsed_answers_are_cut_at_whole_sentences(answer, kept):
     assert load_script("scripts/rehearse.py").whole_sentences(answer) == kept
+
+
+def test_an_answer_that_ended_is_whole_in_a_script_without_full_stops():
+    whole_sentences = load_script("scripts/rehearse.py").whole_sentences
+    assert whole_sentences("ท้องฟ้าเป็นสีฟ้า", ended=True) == "ท้องฟ้าเป็นสีฟ้า"
+    assert whole_sentences("ท้องฟ้าเป็นสีฟ้า") == whole_sentences("a word", ended=True) == ""
 
 
 @pytest.mark.parametrize(("content", "message"), [

@@ -4,6 +4,7 @@
 import random
 import re
 
+import pandas as pd
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -11,8 +12,9 @@ from sklearn.pipeline import make_pipeline
 
 from conftest import call
 from finteam_experts.data.files import read_corpus, read_task
+from finteam_experts.data.leaks import check_data_dir
 from finteam_experts.data.sample import task_rows
-from finteam_experts.data.sample.figures import make_company
+from finteam_experts.data.sample.figures import make_company, month_side, side
 from finteam_experts.data.tasks import default_tasks
 
 TASKS = default_tasks()
@@ -55,6 +57,37 @@ def test_same_seed_same_bytes(runs):
     assert content("first") != content("other")
 
 
+MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
+YEAR = re.compile(
+    rf"\b(?:{MONTHS}|{'|'.join(month[:3] for month in MONTHS.split('|'))})(?: \d\d?,)? (\d{{4}})\b"
+    r"|quarter of (\d{4})|\b(\d{4})-\d\d\b|\bin ((?:19|20)\d\d)\b(?![.\d]| mn)"
+)
+
+
+@pytest.mark.parametrize("seed_run", ["first", "other"])
+def test_no_year_is_both_trained_on_and_scored(runs, seed_run):
+    """And so no day and its price, in whichever files they are."""
+    years = {True: set(), False: set()}
+    for path in (runs / seed_run / "data").rglob("*.jsonl"):
+        scored = path.stem.endswith(("_heldout", "_test", "_valid"))
+        found = {int("".join(match)) for match in YEAR.findall(path.read_text())}
+        assert found or not path.stem.startswith(("macro", "quant", "headlines"))
+        years[scored] |= found
+    assert len(years[True]) >= 12
+    assert len(years[False]) >= 80
+    assert years[True].isdisjoint(years[False])
+
+
+def test_no_text_of_the_sample_is_both_trained_on_and_scored(runs):
+    for run in ("first", "other"):
+        check_data_dir(runs / run / "data")
+
+
+def test_figures_of_two_sides_are_on_neither():
+    assert (side(2003), side(2004), side(2003, 2004)) == (True, False, None)
+    assert month_side(pd.Timestamp("2004-01-31")) is month_side(pd.Timestamp("2003-01-31")) is None
+
+
 def test_statements_add_up():
     rng = random.Random(3)
     for company in (make_company(rng) for _ in range(200)):
@@ -71,7 +104,7 @@ def test_a_row_says_which_way_its_figure_went(task):
     """A small model can't tell which of two figures is larger: its score on rows of two figures alone would be luck."""
     verbs = "|".join((task_rows._UP, task_rows._DOWN, task_rows._FLAT, task_rows._PRICE_UP, task_rows._PRICE_DOWN))
     told = re.compile(rf"\b(?:{verbs}) |[+-]\d+\.\d+")
-    rows = task_rows.task_rows(task, 300, random.Random(5))
+    rows, _ = task_rows.task_rows(task, 300, 0, random.Random(5))
     assert [row["text"] for row in rows if not told.search(row["text"])] == []
     signed = [row for row in rows if re.search(r"[+-]\d+\.\d+", row["text"])]
     assert len(signed) > 50
@@ -80,5 +113,5 @@ def test_a_row_says_which_way_its_figure_went(task):
 
 
 def test_a_post_about_a_share_gives_one_price():
-    for row in task_rows.task_rows("fiqasa", 300, random.Random(5)):
+    for row in task_rows.task_rows("fiqasa", 300, 0, random.Random(5))[0]:
         assert len(re.findall(r"\d+", re.sub(r"[+-]\d+\.\d%", "", row["text"]))) <= 1, row["text"]

@@ -6,13 +6,16 @@ import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 
-from conftest import REPOSITORY, TASKS, call, fit_router, instruct_tune, shell
+from conftest import TASKS, call, fit_router, form_of, instruct_tune, shell
 from finteam_experts.data.files import read_task, task_file, tasks_of, write_rows
-from finteam_experts.data.tasks import FOLDER, read_task_file
+from finteam_experts.data.tasks import FOLDER, default_tasks, read_task_file, render_all
 from finteam_experts.errors import InputError
+from finteam_experts.models import load_model
 from finteam_experts.runs import read_record
+from finteam_experts.scoring import log_likelihoods
 
 RATING = {
     "task": "rating",
@@ -54,7 +57,7 @@ def test_the_packages_tasks_are_defaults_for_directories_without_files(toy_data)
         ({"doc_to_choice": []}, "doc_to_choice is .*it lists two or more labels"),
         ({"task": "other"}, "task is 'other'; it must be the file's name, 'rating'"),
         ({"doc_to_text": "{{text}} Is it kept?"}, "doc_to_text asks 'TEXT Is it kept[?]'; it has to ask 'TEXT"),
-        ({"doc_to_text": "{{text"}, "doc_to_text asks .no template"),
+        ({"doc_to_text": "{{text"}, "doc_to_text can't be rendered: unexpected end of template"),
         ({"metadata": {"question": " "}}, "metadata.question is ' '; it must be text"),
         ({"metadata": {"question": "Is the grade kept?", "role": 3}}, "metadata.role is 3; it must be text"),
     ],
@@ -105,34 +108,15 @@ def test_a_task_of_no_analyst_goes_all_the_way(copied_run, tmp_path, capsys, nam
     assert all(list(part["tasks"]) == names for part in report["models"].values())
     assert set(next(iter(report["differences"].values()))) == {*names, "average"}
     assert [task["name"] for task in read_record(copied_run / "moe-instruct")["tasks"]] == names
-    assert "fiqasa" not in capsys.readouterr().out.partition("Evaluation:")[2]
+    assert "fiqasa" not in capsys.readouterr().out.partition("Tasks:")[2]
     ended = shell(sys.executable, "scripts/publish.py", "--run_dir", copied_run, "--data_dir", data, "--namespace", "me",
                   "--base_model", "owner/toy", "--dry_run", "--parts", "moe-instruct")  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 @pytest.mark.slow
-def test_tasks_that_lm_eval_knows_are_added_to_the_report(copied_run, tmp_path, capsys):
-    write_rows(tmp_path / "rows.jsonl", [{"q": f"Up {n}?", "a": "Yes"} for n in range(6)])
-    (tmp_path / "local.yaml").write_text(yaml.safe_dump({
-        "task": "local_finance", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "q", "doc_to_choice": ["No", "Yes"],
-        "doc_to_target": "a", "metric_list": [{"metric": "acc"}],
-    }))  # fmt: skip
-    common = ("--run_dir", copied_run, "--models", "base", "--limit", 4, "--lm_eval_path", tmp_path, "--name", "more")
-    with pytest.raises(
-        InputError, match="--lm_eval_tasks local_finanse: lm-eval has no such task. Did you mean 'local_finance'"
-    ):
-        call("scripts/evaluate.py", *common, "--lm_eval_tasks", "local_finanse")
-    call("scripts/evaluate.py", *common, "--lm_eval_tasks", "local_finance", "--tasks", "fpb")
-    scores = json.loads((copied_run / "reports/more.json").read_text())["models"]["base"]["lm_eval"]["local_finance"]
-    assert 0 <= scores["acc,none"] <= 1
-    assert "base, local_finance: acc,none" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 def test_lm_eval_itself_runs_a_task_file_on_a_tuned_model(done_run, tmp_path):
-    """The documented command, in the data directory: the accuracy is that of the report."""
+    """The documented command, in the data directory: the accuracy is that of the labels without the end, which lm-eval can't score."""
     data = shutil.copytree(done_run / "data", tmp_path / "data")
     shutil.copyfile(FOLDER / "headlines.yaml", data / "tasks/headlines.yaml")
     ended = shell(
@@ -142,7 +126,65 @@ def test_lm_eval_itself_runs_a_task_file_on_a_tuned_model(done_run, tmp_path):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     (result,) = (tmp_path / "out").rglob("*.json")
-    report = json.loads((done_run / "reports/evaluation.json").read_text())
     found = json.loads(result.read_text())["results"]["headlines"]["acc,none"]
-    assert found == pytest.approx(report["models"]["moe-instruct"]["tasks"]["headlines"]["accuracy"])
-    assert (REPOSITORY / "docs/data.md").is_file()
+    task, folder = default_tasks()["headlines"], done_run / "moe-instruct"
+    rows, form = read_task(data, task, "test"), form_of(folder)
+    asked = [(prompt, label) for prompt in render_all(task, rows, form.tokenizer) for label in task.labels]
+    pairs = [(exchange.prompt, exchange.answer) for exchange in form.exchanges(asked)]
+    scores = torch.tensor([score for score, _ in log_likelihoods(load_model(folder), pairs)]).view(len(rows), -1)
+    right = [task.labels[best] == row["label"] for best, row in zip(scores.argmax(1).tolist(), rows, strict=True)]
+    assert found == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}",
+        "{{ self.__init__.__globals__.__builtins__.open('PWNED', 'w') }}",
+        "{% set os = joiner.__init__.__globals__.os %}{{ os.system('touch PWNED') }}",
+        "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}",
+        "{{ 10**10**8 }}",
+        "{{ 'x' * 10**11 }}",
+        "{{ text|center(10**11) }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% include '/etc/passwd' %}",
+        "{{" + "(" * 5000 + "text" + ")" * 5000 + "}}",
+    ],
+)
+def test_a_template_of_a_task_file_runs_no_code_and_ends(tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path, RATING | {"doc_to_text": template})
+    with pytest.raises(InputError, match=r"rating.yaml: doc_to_text can't be rendered: .*Write it as '{{text}}"):
+        tasks_of(tmp_path)
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{text}}\n\n{% if question %}{{question}}{% else %}Is the grade kept?{% endif %} Answer kept or cut.",
+        "{{ text | trim }}\n\n{{ question or 'Is the grade kept?' }} Answer kept or cut.",
+    ],
+)
+def test_other_ways_to_ask_the_same(tmp_path, template):
+    write_task(tmp_path, RATING | {"doc_to_text": template})
+    assert tasks_of(tmp_path)["rating"].question == "Is the grade kept?"
+
+
+@pytest.mark.parametrize(
+    ("tag", "named"),
+    [
+        ("!function utils.words", "!function"),
+        ("!!python/object/apply:os.system ['touch PWNED']", "python/object/apply"),
+    ],
+)
+def test_a_tag_that_would_run_code_is_not_read(tmp_path, monkeypatch, tag, named):
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path, RATING)
+    path = tmp_path / "tasks/rating.yaml"
+    path.write_text(f"process_docs: {tag}\n" + path.read_text())
+    with pytest.raises(
+        InputError, match=rf"rating.yaml, line 1: the tag '.*{named}.*' is not read, since it could run code"
+    ):
+        tasks_of(tmp_path)
+    assert not (tmp_path / "PWNED").exists()

@@ -6,15 +6,15 @@ Every figure of an answer is in its passage or computed from it. A row's `kind` 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
+from finteam_experts.data.files import text_key
 from finteam_experts.data.prompts import plain_prompt
 from finteam_experts.data.sample.figures import pick
-from finteam_experts.data.sample.questions import QUESTIONS
+from finteam_experts.data.sample.questions import QUESTIONS, Chat, capital, chat
 from finteam_experts.data.sample.task_rows import MAKERS
-from finteam_experts.data.sample.turns import Chat, capital, chat
 from finteam_experts.data.tasks import default_tasks
 
 KNOWLEDGE = Path(__file__).parent / "knowledge"
@@ -23,24 +23,30 @@ _TASKS_OF = {"macro": ("headlines",), "micro": ("fpb", "fiqasa"), "quant": ("sto
 ROLES = tuple(_TASKS_OF)
 
 
-def chats(role: str, rows: int, heldout_rows: int, rng: random.Random) -> tuple[list[Chat], list[Chat]]:
+def chats(
+    role: str, rows: int, heldout_rows: int, rng: random.Random, scored: Iterable[str] = ()
+) -> tuple[list[Chat], list[Chat]]:
     """Draw the train and held-out conversations of a role: a third of knowledge, the rest on passages and tasks.
 
-    No year (macro, quant) is in both; of the knowledge, some questions and some wordings are held out.
+    No year and no passage is in both, and no passage to train on is one of the `scored` texts; of the knowledge, some questions
+    and some wordings are held out.
     """
     known, unknown = knowledge(role)
-    parts = []
+    parts, taken = [], "\n".join(text_key({"text": text}) for text in scored)
     for held, own, count in ((False, known, rows), (True, unknown, heldout_rows)):
         rng.shuffle(own)
         found = {entry["messages"][0]["content"]: entry for entry in own[: count // 3]}
         makers: tuple[Callable[[], Chat], ...] = (
             lambda held=held: QUESTIONS[role](rng, held),
-            lambda: _reason(rng.choice(_TASKS_OF[role]), rng),
+            lambda held=held: _reason(rng.choice(_TASKS_OF[role]), rng, held),
         )
         while len(found) < count:
             entry = makers[len(found) % 3 == 0]()
-            found.setdefault(entry["messages"][0]["content"], entry)
+            asked = entry["messages"][0]["content"]
+            if text_key({"text": asked.partition("\n\n")[0]}) not in taken:
+                found.setdefault(asked, entry)
         parts.append(list(found.values()))
+        taken = "\n".join(text_key({"text": asked}) for asked in found)
         rng.shuffle(parts[-1])
     return parts[0], parts[1]
 
@@ -63,11 +69,11 @@ def knowledge(role: str) -> tuple[list[Chat], list[Chat]]:
     return train, heldout
 
 
-def _reason(task: str, rng: random.Random) -> Chat:
+def _reason(task: str, rng: random.Random, held: bool) -> Chat:
     """A task's passage with the question why: both in one turn, or the reason once the label was given."""
-    row = MAKERS[task](rng)
+    row = MAKERS[task](rng, held)
     while not row["reason"]:
-        row = MAKERS[task](rng)
+        row = MAKERS[task](rng, held)
     about, label, reason = default_tasks()[task], row["label"], row["reason"]
     if rng.random() < 0.5:
         why = pick(rng, "and why?|and what is the reason?|and why do you think so?")

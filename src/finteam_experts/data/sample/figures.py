@@ -16,7 +16,23 @@ import arch.data.wti
 import pandas as pd
 import statsmodels.api as sm
 
-HELDOUT_YEARS = range(3, 10_000, 8)  # every eighth year: whole years, so that no window lies in both splits
+HELDOUT_YEARS = range(3, 10_000, 8)  # every eighth year is in held-out and test rows alone
+
+
+def side(*years: int) -> bool | None:
+    """Whether these years are held out; `None` if only some are, so that a text with figures of all belongs to neither side."""
+    held = {year in HELDOUT_YEARS for year in years}
+    return held.pop() if len(held) == 1 else None
+
+
+def month_side(month: pd.Timestamp) -> bool | None:
+    """The side of a text that compares a month with the one before."""
+    return side(month.year, month.year - (month.month == 1))
+
+
+def quarter_side(row) -> bool | None:
+    """The side of a text that compares a quarter, with its `year` and `quarter`, with the one before."""
+    return side(row.year, row.year - (row.quarter == 1))
 
 
 @functools.cache
@@ -37,15 +53,6 @@ def german_quarters() -> pd.DataFrame:
     data = sm.datasets.interest_inflation.load_pandas().data
     data[["year", "quarter"]] = data[["year", "quarter"]].astype(int)
     return data.assign(inflation=100 * data["Dp"], rate=100 * data["R"])
-
-
-@functools.cache
-def firm_years() -> pd.DataFrame:
-    """Investment, market value and capital stock of real US companies, 1935 to 1954, in millions of 1947 dollars."""
-    data = sm.datasets.grunfeld.load_pandas().data.sort_values(["firm", "year"])
-    data["year"] = data["year"].astype(int)
-    data["invest_before"] = data.groupby("firm")["invest"].shift(1)
-    return data.dropna()
 
 
 @functools.cache

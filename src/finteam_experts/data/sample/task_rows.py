@@ -8,24 +8,26 @@ which is larger, and scores on such rows are luck.
 
 import random
 from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 
 from finteam_experts.data.files import text_key
 from finteam_experts.data.sample import figures
-from finteam_experts.data.sample.figures import change_percent, make_company, pick
+from finteam_experts.data.sample.figures import change_percent, make_company, month_side, pick, side
 
 Row = dict[
     str, str
 ]  # {"text", "label", "reason"}: what the label follows from, or "" where chance decided against the text
 
 
-def task_rows(task: str, count: int, rng: random.Random) -> list[Row]:
-    """Draw `count` rows of `task`, with `text` and `label`, no text twice."""
-    maker = MAKERS[task]
-    rows: dict[str, Row] = {}
-    while len(rows) < count:
-        row = maker(rng)
-        rows.setdefault(text_key(row), {"text": row["text"], "label": row["label"]})
-    return list(rows.values())
+def task_rows(task: str, rows: int, test_rows: int, rng: random.Random) -> tuple[list[Row], list[Row]]:
+    """Draw the train and test rows of `task`, with `text` and `label`; no text is there twice and no year is in both."""
+    drawn: dict[str, Row] = {}
+    while len(drawn) < rows + test_rows:
+        row = MAKERS[task](rng, len(drawn) >= rows)
+        drawn.setdefault(text_key(row), {"text": row["text"], "label": row["label"]})
+    found = list(drawn.values())
+    return found[:rows], found[rows:]
 
 
 # The verbs of a company report for a figure that went up, down or nowhere.
@@ -38,7 +40,7 @@ _GOOD_WHEN_UP = (
 _GOOD_WHEN_DOWN = "The operating loss|Net debt|The net loss|Credit losses"
 
 
-def _fpb(rng: random.Random) -> Row:
+def _fpb(rng: random.Random, held: bool) -> Row:
     """A sentence of a company report. Positive or negative where the figure moved 5 % or more, neutral within 1 %."""
     name = make_company(rng).name
     label = rng.choice(("negative", "neutral", "positive"))
@@ -73,7 +75,7 @@ _GROANS = (
 _SHRUGS = "nothing to see|boring|sideways again|waiting for news|no volume|dead calm|still in its range|no opinion"
 
 
-def _fiqasa(rng: random.Random) -> Row:
+def _fiqasa(rng: random.Random, held: bool) -> Row:
     """A post or headline about a share. The label is that of the week's return: beyond 2 % either way, or within 0.3 %."""
     company = make_company(rng)
     label = rng.choice(("negative", "neutral", "positive"))
@@ -106,18 +108,25 @@ _REASONS = (
 )
 
 
-def _headlines(rng: random.Random) -> Row:
+@cache
+def _prices(held: bool) -> tuple[list[tuple[float, float, str, str]], ...]:
+    """Days of WTI and months of Brent of one side: the price before, the price, when, and of which oil."""
+    wti, days = figures.wti_days(), []
+    for (yesterday, before), (day, now) in pairwise(wti.items()):
+        if side(yesterday.year, day.year) is held:
+            days.append((before, now, f"{day:%b %d, %Y}", "WTI crude"))
+    months = figures.crude_months().itertuples()
+    return days, [
+        (m.Brent_before, m.Brent, f"{m.Index:%B %Y}", "Brent") for m in months if month_side(m.Index) is held
+    ]
+
+
+def _headlines(rng: random.Random, held: bool) -> Row:
     """A headline on real crude oil prices; the label says whether the day's or month's price went up."""
-    if rng.random() < 0.7:
-        prices = figures.wti_days()
-        day = rng.randrange(1, len(prices))
-        before, now, when, name = prices.iloc[day - 1], prices.iloc[day], f"{prices.index[day]:%b %d, %Y}", "WTI crude"
-    else:
-        months = figures.crude_months()
-        month = months.iloc[rng.randrange(len(months))]
-        before, now, when, name = month["Brent_before"], month["Brent"], f"{month.name:%B %Y}", "Brent"
+    days, months = _prices(held)
+    before, now, when, name = rng.choice(days if rng.random() < 0.7 else months)
     if abs(now - before) < 0.004 * before:
-        return _headlines(rng)
+        return _headlines(rng, held)
     reason = pick(rng, _REASONS)
     if rng.random() < 0.7:
         verb = pick(rng, _PRICE_UP if now > before else _PRICE_DOWN)
@@ -141,7 +150,7 @@ _BAD_NEWS = (
 )
 
 
-def _stock_movement(rng: random.Random) -> Row:
+def _stock_movement(rng: random.Random, held: bool) -> Row:
     """Two daily returns of a fictional share, the evening's news, and the next day's move as the label.
 
     The share follows its news: the next return is 0.35 times the surprise in percent plus noise of 1 percent, so that one
@@ -157,6 +166,7 @@ def _stock_movement(rng: random.Random) -> Row:
     return {"text": text, "label": "Rise" if next_return > 0 else "Fall", "reason": reason if as_said else ""}
 
 
-MAKERS: dict[str, Callable[[random.Random], Row]] = {
+# whether the row is held out is the second argument: years are split, fictional companies are not
+MAKERS: dict[str, Callable[[random.Random, bool], Row]] = {
     "fpb": _fpb, "fiqasa": _fiqasa, "headlines": _headlines, "stock_movement": _stock_movement,
 }  # fmt: skip

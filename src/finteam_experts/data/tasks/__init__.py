@@ -5,12 +5,15 @@ A data directory has its own as tasks/NAME.yaml. The files beside this one are t
 these names and no file.
 """
 
+import unicodedata
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import regex
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from finteam_experts.data.prompts import PROMPT, plain_prompt, task_prompt
@@ -22,6 +25,12 @@ FOLDER = Path(__file__).parent
 SYSTEM_PROMPT = "You are a financial analyst."
 MAIN_SCORES = ("accuracy", "macro_f1", "weighted_f1", "mcc")
 MAX_TEXT_TOKENS = 256
+# What doc_to_text may be made of
+PLAIN_FILTERS = ("default", "d", "trim")
+PLAIN_NODES = (nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.Filter, nodes.If, nodes.CondExpr, nodes.Or,
+               nodes.And, nodes.Not, nodes.Test)  # fmt: skip
+_INVISIBLE = regex.compile(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]")
+_JOINERS = "\u200c\u200d\ufe0e\ufe0f"
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,14 @@ def read_task_file(path: Path) -> Task:
     check(isinstance(about, dict), "metadata", about, wanted)
     check(isinstance(labels, list) and len(labels) > 1, "doc_to_choice", labels, "it lists two or more labels.")
     for label in labels:
-        wanted = 'a label is text: YAML reads No and Yes as something else. Put it in quotes, as ["No", "Yes"].'
+        wanted = 'a label is text: YAML reads No, Yes, numbers and dates as something else. Put it in quotes, as ["No", "Yes"].'
         check(isinstance(label, str) and label.strip() != "", "a label of doc_to_choice", label, wanted)
-        wanted = "it must not begin or end with a space, which no answer shows."
-        check(label == label.strip(), "a label of doc_to_choice", label, wanted)
+        wanted = f"it must not begin or end with a space, or have characters that no answer shows{invisible(label)}."
+        check(label == label.strip() and not invisible(label), "a label of doc_to_choice", label, wanted)
+        wanted = "its accents are characters of their own (Unicode form NFD). Write them as most keyboards do (NFC)."
+        check(unicodedata.is_normalized("NFC", label), "a label of doc_to_choice", label, wanted)
     wanted = "it must not have a label twice."
-    check(len({label.lower() for label in labels}) == len(labels), "doc_to_choice", labels, wanted)
+    check(len({plain(label).lower() for label in labels}) == len(labels), "doc_to_choice", labels, wanted)
     about = {"title": name, "role": None, "main_score": "macro_f1", "max_text_tokens": MAX_TEXT_TOKENS, **about}
     for key in ("title", "question", "role"):
         text = about.get(key)
@@ -82,16 +93,44 @@ def _check_words(path: Path, task: Task, doc_to_text: object) -> None:
 
     A file that names a column instead of a template is for evaluate.py alone.
     """
-    if "{{" not in str(doc_to_text):
+    if not isinstance(doc_to_text, str) or ("{{" not in doc_to_text and "{%" not in doc_to_text):
         return
     ours = plain_prompt("TEXT", task.question, task.labels)
+    written = plain_prompt("{{text}}", f'{{{{question|default("{task.question}", true)}}}}', task.labels)
     try:
-        theirs = jinja2.Template(str(doc_to_text)).render(text="TEXT", question=None)
-    except jinja2.TemplateError as error:
-        theirs = f"no template: {error}"
+        theirs = _render_plain(doc_to_text, text="TEXT", question=None)
+    except Exception as error:  # whatever a template can raise, too deep a nesting among it
+        raise InputError(f"{path}: doc_to_text can't be rendered: {error}. Write it as {written!r}.") from None
     if theirs != ours:
-        written = plain_prompt("{{text}}", f'{{{{question|default("{task.question}", true)}}}}', task.labels)
-        raise InputError(f"{path}: doc_to_text asks {theirs!r}; it has to ask {ours!r}. Write it as {written!r}.")
+        raise InputError(f"{path}: doc_to_text asks {theirs!r:.200}; it has to ask {ours!r}. Write it as {written!r}.")
+
+
+def _render_plain(template: str, **values: str | None) -> str:
+    """Render a template that only places values, in a sandbox; `ValueError` for any other.
+
+    The file may come from anyone: a loop, an operator or a call could run code, take for ever or fill the memory.
+    """
+    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)  # as lm-eval keeps it
+    for node in environment.parse(template).find_all(nodes.Node):
+        name = f"{type(node).__name__} {getattr(node, 'name', '')}".strip().lower()
+        if not isinstance(node, PLAIN_NODES) or (isinstance(node, nodes.Filter) and node.name not in PLAIN_FILTERS):
+            raise ValueError(f"it may place text and question, and has more ({name})")
+    return environment.from_string(template).render(values)
+
+
+def plain(label: str) -> str:
+    """A label by which two are compared: composed (NFC), without invisible characters, each white space a plain space."""
+    return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", label)).split())
+
+
+def invisible(label: str) -> str:
+    """` (it has U+200B ZERO WIDTH SPACE)` for a label with characters that can't be seen or look like a space, or nothing.
+
+    Joiners and variation selectors, which some scripts and symbols need, are none of them.
+    """
+    found = (char for char in dict.fromkeys(label) if char != " " and (char.isspace() or _INVISIBLE.match(char)))
+    names = [f"U+{ord(char):04X} {unicodedata.name(char, '')}".rstrip() for char in found if char not in _JOINERS]
+    return f" (it has {', '.join(names)})" if names else ""
 
 
 @cache
@@ -132,5 +171,4 @@ def about_tasks(tasks: Tasks) -> dict[str, Any]:
 
 def tasks_from(cards: list[dict[str, Any]]) -> Tasks:
     """The tasks that a model's or report's record describes, as `about_tasks` wrote them."""
-    defaults = {"main_score": "macro_f1"}  # earlier records have none
-    return {card["name"]: Task(**(defaults | card | {"labels": tuple(card["labels"])})) for card in cards}
+    return {card["name"]: Task(**card | {"labels": tuple(card["labels"])}) for card in cards}
