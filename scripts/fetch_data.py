@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STEP 0 with real data. Fetch tasks and role corpora from the Hub into a data directory, free of test text.
+"""STEP 0 with real data. Fetch tasks and role corpora from the Hub into a data directory, free of scored text.
 
     python scripts/fetch_data.py --check
     python scripts/fetch_data.py --data_dir outputs/hub-data --max_rows 5000
@@ -14,75 +14,70 @@ import argparse
 import shutil
 from pathlib import Path
 
-from rich.table import Column, Table
-
 from finteam_experts import files, runs
 from finteam_experts.data import hub
-from finteam_experts.data.fetching import Draw, Revisions, fetch_chats, fetch_corpus, fetch_task, question_of
-from finteam_experts.data.files import read_rows
-from finteam_experts.data.passages import SHORTEST
+from finteam_experts.data.fetching import SHORTEST, drop_scored, fetch_role, fetch_task
 from finteam_experts.errors import InputError, check_number, nearest, run
-from finteam_experts.screen import screen
 
 SOURCES = Path(__file__).parent / "data_sources.yaml"
+README = """# Fetched data
+
+Each set keeps its own licence. No text is in two splits of a task, and none that is trained on is scored.
+
+| file | dataset | commit | licence |
+|---|---|---|---|
+"""
 
 
 def check(table_file: Path, sources: hub.Sources) -> None:
-    """Print whether each set can be read, with its splits, a row and its licence; `InputError` with all problems."""
+    """Print each set's splits, licence and first row, as it would be read; `InputError` with all that can't be read."""
     problems, tasks = [], hub.task_definitions(table_file, sources)
-    names = ("for", "dataset", "splits", "first text", "label", "licence")
-    table = Table(*(Column(name, overflow="fold") for name in names), title="Sources")
     for place, source in sources.listed():
+        print(f"{place}: {source.dataset} ({source.licence})")
         try:
-            splits, row = hub.splits_of(source), next(hub.rows(source, "train", None, 0), {})
-            chat = isinstance(source, hub.ChatSource)
-            text, label = str(source.messages_of(row)) if chat else source.text_of(row), ""
+            splits = source.kinds()
+            rows, classes = source.rows(splits["train"], hub.Draw())
+            row = next(rows, {})
+            is_chat = isinstance(source, hub.ChatSource)
+            print(
+                f"  {', '.join(splits.values())}: {source.messages_of(row) if is_chat else source.text_of(row)!r:.200}"
+            )
             if isinstance(source, hub.TaskSource):
                 labels = tasks[place.removeprefix("tasks/")].labels
-                label = source.label_of(row, labels) or f"unknown: {row[source.label]}"
+                print(f"  label: {source.label_of(row, labels, classes)}")
                 if source.question:
-                    label += f" ({question_of(source.read(row, source.question), labels)})"
-            if not text:
-                raise InputError(f"{source.dataset}: no text in its first row. The columns are {', '.join(row)}.")
-            table.add_row(place, source.dataset, ", ".join(splits), text[:60], label, source.licence)
-        except InputError as error:
-            problems.append(str(error))
-            table.add_row(place, source.dataset, "can't be read", "", "", source.licence)
-    screen(150).print(table)
-    if problems:
-        raise InputError("\n".join(problems))
-
-
-def readme(sources: hub.Sources, revisions: Revisions) -> str:
-    """What is in the folder, from where, under which licence."""
-    rows = [(place, s.dataset, revisions.get(s.dataset) or "", s.licence) for place, s in sources.listed()]
-    table = "".join(
-        f"| {' | '.join(row)} |\n" for row in (("file", "dataset", "commit", "licence"), ("---",) * 4, *rows)
-    )
-    promise = "Each set keeps its own licence. No text is in two splits of a task, and no test text in a corpus."
-    return f"# Fetched data\n\n{promise}\n\n{table}"
-
-
-def pinned(work: Path, sources: hub.Sources) -> Revisions:
-    """The commit of every set, as it was when this fetch began; `InputError` with all sets that can't be read."""
-    path = work / "commits.json"
-    if path.exists():
-        return files.read_json(path)
-    found, problems = {}, []
-    for _, source in sources.listed():
-        try:
-            found[source.dataset] = hub.revision_of(source)
-            hub.splits_of(source, found[source.dataset])
+                    print(f"  question: {source.read(row, source.question)}")
+        except hub.UnknownLabel as error:
+            print(f"  label: unknown, {error}")
+        except hub.UnusableRow as error:  # others may be usable
+            print("  its first row would be left out, such rows {}: {!r:.100}".format(*error.args))
         except InputError as error:
             problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    files.write_json(path, found)
-    return found
+
+
+def pin(work: Path, sources: hub.Sources) -> dict[str, str | None]:
+    """Keep each set at the commit that it had when this fetch began, and return these; `InputError` if one can't be read."""
+
+    def key(place: str, source: hub.Source) -> str:
+        return " ".join(filter(None, (place, source.dataset, source.config, source.options.get("revision"))))
+
+    path, listed = work / "commits.json", sources.listed()
+    if not path.exists():
+        commits = {key(place, source): source.commit() for place, source in listed}
+        for _, source in listed:
+            source.kinds()
+        files.write_json(path, commits)
+    commits = files.read_json(path)
+    for place, source in listed:
+        if commit := commits[key(place, source)]:
+            source.options["revision"] = commit
+    return commits
 
 
 def chosen_sources(args: argparse.Namespace) -> hub.Sources:
-    """The table of sources, narrowed by --tasks and --roles."""
+    """The table of sources, narrowed by --tasks, --roles and --chats."""
     sources = hub.read_sources(args.sources)
     for group in ("tasks", "roles", "chats"):
         known, chosen = getattr(sources, group), getattr(args, group)
@@ -90,7 +85,7 @@ def chosen_sources(args: argparse.Namespace) -> hub.Sources:
             if name not in known:
                 raise InputError(f"--{group} {name}: {args.sources} lists {', '.join(known)}.{nearest(name, known)}")
         if chosen is not None:
-            setattr(sources, group, {name: known[name] for name in chosen})
+            sources = sources.model_copy(update={group: {name: known[name] for name in chosen}})
     return sources
 
 
@@ -105,7 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--max_characters", type=int, default=6000, help="per passage; 16000 for recipes of 4,096 tokens"
     )
-    parser.add_argument("--seed", type=int, default=0, help="which rows are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="which rows are drawn, and which serve as test rows")
     parser.add_argument("--sources", type=Path, default=SOURCES, help="the table of datasets")
     args = parser.parse_args()
     check_number("--max_rows", args.max_rows, least=1)
@@ -116,25 +111,23 @@ def main() -> None:
     if args.check:
         check(args.sources, sources)
         return
-    inputs = {key: getattr(args, key) for key in ("max_rows", "max_characters", "seed")}
-    work = runs.begin(args.data_dir, "fetch_data", inputs | {"sources": sources.model_dump(mode="json")})
+    draw = hub.Draw(args.max_rows, args.seed, args.max_characters)
+    work = runs.begin(args.data_dir, "fetch_data", vars(draw) | {"sources": sources.model_dump(mode="json")})
     if work is None:
         return
 
-    revisions, draw = pinned(work, sources), Draw(args.max_rows, args.seed, args.max_characters)
+    commits = pin(work, sources)
     for name, task in hub.task_definitions(args.sources, sources).items():
-        source = sources.tasks[name]
-        fetch_task(work, task, source, draw, revisions[source.dataset])
+        fetch_task(work, task, sources.tasks[name], draw)
         shutil.copyfile(hub.definition_file(args.sources, name), work / "tasks" / f"{name}.yaml")
-    for role, own in sources.roles.items():
-        fetch_corpus(work, role, own, draw, revisions)
-    for role, own in sources.chats.items():
-        fetch_chats(work, role, own, draw, revisions)
+    for folder, by_role in (("corpora", sources.roles), ("chats", sources.chats)):
+        for role, listed in by_role.items():
+            fetch_role(work, folder, role, listed, draw)
+    counts = drop_scored(work)
 
-    files.write_text(work / "README.md", readme(sources, revisions))
-    written = sorted(path.relative_to(work) for path in work.rglob("*.jsonl"))
-    counts = {str(path): len(read_rows(work / path, ())) for path in written}
-    runs.finish(args.data_dir, {"results": {"rows": counts, "commits": revisions}})
+    table = [f"| {p} | {s.dataset} | {s.options.get('revision', '')} | {s.licence} |" for p, s in sources.listed()]
+    files.write_text(work / "README.md", README + "\n".join(table) + "\n")
+    runs.finish(args.data_dir, {"results": {"rows": counts, "commits": commits}})
     print(f"{args.data_dir}: " + ", ".join(f"{path} {count}" for path, count in counts.items()))
 
 

@@ -4,8 +4,9 @@
     python scripts/publish.py --run_dir outputs/quickstart --namespace ME --dry_run
     python scripts/publish.py --run_dir outputs/quickstart --namespace ME
 
-Repositories are private unless --public is given. Token, namespace and permissions are checked, and every repository is
-made, before the first file is uploaded. Run it again after an interruption: files that are there are not uploaded twice.
+Repositories are private unless --public is given. Everything is checked before the first repository is made: names, licences, the
+token, the cards, and the snippet of each card, which is run once and kept in RUN_DIR/reports. A dry run runs and makes nothing.
+Run it again after an interruption: files that are there are not uploaded twice.
 """
 
 import argparse
@@ -14,29 +15,34 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, SpaceCard
+from huggingface_hub import CommitOperationAdd, HfApi, SpaceCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
-from rich.table import Table
+from huggingface_hub.utils.sha import git_hash
 
 from finteam_experts.errors import InputError, nearest, run
-from finteam_experts.files import file_hash, read_json, write_json
-from finteam_experts.fingerprints import fingerprint
-from finteam_experts.models import ADAPTER_FILE
-from finteam_experts.publishing.cards import render, snippet
-from finteam_experts.publishing.repositories import PublishedRun, Repo, check_licence, check_texts, data_licences
-from finteam_experts.screen import screen
+from finteam_experts.files import read_json, write_json
+from finteam_experts.publishing.cards import Cards
+from finteam_experts.publishing.repositories import (
+    PARTS,
+    PublishedRun,
+    Repo,
+    check_licence,
+    check_texts,
+    data_licences,
+)
+from finteam_experts.runs import RECORD
 
-PARTS = ("dense", "adapters", "moe", "moe-instruct", "space")
 SPACE = Path(__file__).parents[1] / "space"
-SPACE_FILES = (
-    "README.md", "app.py", "team.py", "panels.py", "examples.py", "gpu.py", "chats.py", "prompts.py", "requirements.txt",
-)  # fmt: skip
+NOT_RUN = {"output": "(not run yet)", "seconds": 0, "peak_gib": 0, "cores": 0}
 PEAK = "\nimport resource\nprint()\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
 ADVICE = {
     401: "Log in with 'hf auth login', or set HF_TOKEN to a token that is valid.",
@@ -48,67 +54,77 @@ ADVICE = {
 }
 
 
-def try_snippet(published: PublishedRun, repo: Repo) -> dict[str, Any]:
-    """What the card's snippet printed and took when it was run on the run's own folders; kept until these change."""
-    folder, dense = published.run_dir / repo.part, published.folder_of(published.dense)
-    known_file = published.run_dir / "reports" / "snippets.json"
-    known = read_json(known_file) if known_file.exists() else {}
-    code = snippet(published, repo)
-    inputs = {
-        "code": code,
-        "model": file_hash(folder / ADAPTER_FILE) if repo.card == "adapter" else fingerprint(folder),
+def tried_snippet(cards: Cards, repo: Repo, *, run_it: bool) -> dict[str, Any] | None:
+    """What the card's snippet prints and takes on the run's own folders: kept from before, or run now.
+
+    It is run again when the snippet changes, or a file of the model, which its size and time tell without reading it.
+    """
+    published, code = cards.run, cards.snippet(repo)
+    stats = {name: file.stat() for name, file in repo.files.items() if isinstance(file, Path) and name != RECORD}
+    model = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items() if not name.endswith(".png")}
+    inputs, file = {"code": code, "model": model}, published.run_dir / "reports" / "snippets.json"
+    kept = read_json(file) if file.is_file() else {}
+    if kept.get(repo.part, {}).get("inputs") == inputs:
+        return kept[repo.part]
+    if not run_it:
+        return None
+    for part in (repo.part, published.dense):
+        code = code.replace(json.dumps(published.id_of(part)), json.dumps(str(published.folder_of(part))))
+    print(f"Running the snippet of {repo.id}")
+    began = time.monotonic()
+    # an absent Hub must not slow it, and the card's figures are of the model alone
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code + PEAK]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if ended.returncode:
+        raise InputError(f"the card's snippet fails on {published.run_dir / repo.part}:\n{ended.stderr[-2000:]}")
+    output, _, peak = ended.stdout.strip().rpartition("\n")
+    kept[repo.part] = {
+        "inputs": inputs,
+        "output": output.strip(),
+        "seconds": round(time.monotonic() - began, 1),
+        "peak_gib": round(int(peak) / (2**30 if sys.platform == "darwin" else 2**20), 1),  # bytes, KiB elsewhere
+        "cores": os.cpu_count(),
     }
-    if known.get(repo.part, {}).get("inputs") != inputs:
-        for name, path in {repo.id: folder, published.id_of(published.dense): dense}.items():
-            code = code.replace(json.dumps(name), json.dumps(str(path)))
-        print(f"Running the snippet of {repo.id}")
-        began = time.monotonic()
-        # an absent Hub must not slow it, and the card's figures are of the model alone
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-c", code + PEAK]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if ended.returncode:
-            raise InputError(f"the card's snippet fails on {folder}:\n{ended.stderr[-2000:]}")
-        output, _, peak = ended.stdout.strip().rpartition("\n")
-        known[repo.part] = {
-            "inputs": inputs,
-            "output": output.strip(),
-            "seconds": round(time.monotonic() - began, 1),
-            "peak_gib": round(int(peak) / (2**30 if sys.platform == "darwin" else 2**20), 1),  # bytes, KiB elsewhere
-            "cores": os.cpu_count(),
-        }
-        write_json(known_file, known)
-    return known[repo.part]
+    write_json(file, kept)
+    return kept[repo.part]
 
 
-def add_cards(published: PublishedRun, repos: list[Repo], licence: str, tag: str, licences: dict[str, str]) -> None:
-    """Put each repository's README.md into it."""
-    for repo in repos:
-        if repo.kind == "space":
-            repo.files = {name: SPACE / name for name in SPACE_FILES}
-            card = SpaceCard.load(SPACE / "README.md")
-            card.data.models = [published.id_of("moe-instruct")]
-            repo.files["README.md"] = str(card).encode()
-        else:
-            tried = try_snippet(published, repo)
-            repo.files["README.md"] = render(published, repo, licence, tag, licences, tried)
-            ModelCard(repo.files["README.md"].decode())  # raises if its metadata are not what the Hub reads
+def space_files(model: str) -> dict[str, Path | bytes]:
+    """The files of the Space, which shows `model`."""
+    card = SpaceCard.load(SPACE / "README.md")
+    card.data.models = [model]
+    files = {path.name: path for path in (*SPACE.glob("*.py"), SPACE / "requirements.txt")}
+    return files | {"README.md": str(card).encode()}
 
 
 def print_plan(repos: list[Repo], visibility: str) -> None:
     """Every file of every repository with its size."""
-    table = Table("repository", "file", title=f"To publish ({visibility})")
-    table.add_column("MB", justify="right")
+    total = 0
     for repo in repos:
-        for path, size in repo.sizes():
-            table.add_row(f"{repo.kind} {repo.id}", path, f"{size / 1e6:,.3f}")
-        table.add_section()
-    files, size = sum(len(repo.files) for repo in repos), sum(size for repo in repos for _, size in repo.sizes())
-    table.add_row("all", f"{files} files", f"{size / 1e6:,.1f}")
-    screen(140).print(table)
+        print(f"{repo.kind} {repo.id} ({visibility})")
+        for path, content in sorted(repo.files.items()):
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            print(f"{size / 1e6:14,.3f} MB  {path}")
+            total += size
+    print(f"{total / 1e6:14,.3f} MB in {len(repos)} repositories")
 
 
-def preflight(api: HfApi, namespace: str) -> None:
+@contextmanager
+def asking_the_hub(doing: str) -> Iterator[None]:
+    """What to do when the Hub refuses, or can't be reached, is said as an `InputError`."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        advice = ADVICE.get(status, "Run the same command again; uploaded files stay.")
+        raise InputError(f"{doing}: the Hub answered {error.server_message or error}. {advice}") from None
+    except (httpx2.TransportError, OSError, RuntimeError) as error:
+        advice = "Run the same command again: uploaded files stay."
+        raise InputError(f"{doing}: the upload broke off ({error}). {advice}") from None
+
+
+def check_token(api: HfApi, namespace: str) -> None:
     """`InputError` unless the token may write to the namespace."""
     user = api.whoami()
     names = [user["name"], *(org["name"] for org in user["orgs"])]
@@ -127,21 +143,32 @@ def create(api: HfApi, repo: Repo, model: str, *, private: bool) -> None:
     api.create_repo(repo.id, repo_type=repo.kind, private=private, exist_ok=True, **options)
 
 
-def upload(api: HfApi, repo: Repo, tag: str) -> str:
-    """Commit the files that differ from those on the Hub, tag the result, and say what was done."""
-    before = api.repo_info(repo.id, repo_type=repo.kind).sha
+def is_published(api: HfApi, repo: Repo, tag: str) -> bool:
+    """Whether the repository has this version already; `InputError` if it has it with other files."""
+    if tag not in {ref.name for ref in api.list_repo_refs(repo.id, repo_type=repo.kind).tags}:
+        return False
+    tree = api.list_repo_tree(repo.id, recursive=True, revision=tag, repo_type=repo.kind)
+    known = {file.path: file for file in tree if isinstance(file, RepoFile)}
+    for path, content in repo.files.items():
+        there, here = known.get(path), CommitOperationAdd(path, content)
+        if there and there.lfs:
+            same = there.lfs.sha256 == here.upload_info.sha256.hex()
+        else:  # Git's own hash, of a small file
+            with here.as_file() as file:
+                same = there and there.blob_id == git_hash(file.read())
+        if not same:
+            advice = "Name a new one with --version; the published files stay."
+            raise InputError(f"{repo.id}: version {tag} was published with another {path}. {advice}")
+    return True
+
+
+def upload(api: HfApi, repo: Repo, tag: str) -> None:
+    """Commit the repository's files and tag the result."""
     operations = [CommitOperationAdd(path, content) for path, content in sorted(repo.files.items())]
-    message = f"FinTeamExperts {tag}: {repo.title}"
     commit = api.create_commit(
-        repo.id, operations, repo_type=repo.kind, commit_message=message, parent_commit=before
-    ).oid
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo.id, repo_type=repo.kind).tags}
-    if tags.get(tag, commit) != commit:
-        advice = "Name a new one with --version; the published files stay."
-        raise InputError(f"{repo.id}: version {tag} was published with other files. {advice}")
-    if tag not in tags:
-        api.create_tag(repo.id, tag=tag, revision=commit, repo_type=repo.kind)
-    return "unchanged" if commit == before else "uploaded"
+        repo.id, operations, repo_type=repo.kind, commit_message=f"FinTeamExperts {tag}: {repo.part}"
+    )
+    api.create_tag(repo.id, tag=tag, revision=commit.oid, repo_type=repo.kind)
 
 
 def main() -> None:
@@ -155,43 +182,58 @@ def main() -> None:
     parser.add_argument("--license", default="apache-2.0", help="of the weights, as the Hub names it")
     parser.add_argument("--version", default=version("finteam-experts"), help="tag of what is uploaded")
     parser.add_argument("--public", action="store_true", help="everyone may see it")
-    parser.add_argument("--dry_run", action="store_true", help="list repositories, files and sizes, upload nothing")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything and list repositories, files and sizes; run, make and upload nothing",
+    )
     args = parser.parse_args()
 
-    published = PublishedRun(args.run_dir, args.namespace, args.name, args.base_model)
-    licences = data_licences(args.data_dir or args.run_dir / "data")
+    published, data = PublishedRun(args.run_dir, args.namespace, args.name, args.base_model), args.data_dir
+    licences = data_licences(data or args.run_dir / "data")
     check_licence(args.license, licences, args.base_model or "", args.name)
-    repos = published.repos([part for part in PARTS if part in args.parts])
+    repos = published.repos(args.parts)
     for repo in repos:
         try:
             validate_repo_id(repo.id)
         except HFValidationError as error:
-            raise InputError(
-                f"--namespace {args.namespace} and --name {args.name} give no name of a repository: {error}"
-            ) from None
-    api, tag, doing = HfApi(), f"v{args.version}", "preflight"
-    try:
-        if not args.dry_run:
-            preflight(api, args.namespace)
-            for repo in repos:
-                doing = f"making {repo.id}"
-                create(api, repo, published.id_of("moe-instruct"), private=not args.public)
-        add_cards(published, repos, args.license, tag, licences)
-        check_texts(repos)
-        print_plan(repos, "public" if args.public else "private")
-        if args.dry_run:
-            print("Nothing was uploaded: --dry_run")
-            return
-        for repo in repos:
-            doing = f"uploading {repo.id}"
-            print(f"{api.endpoint}/{'spaces/' * (repo.kind == 'space')}{repo.id}: {upload(api, repo, tag)}")
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        advice = ADVICE.get(status, "Run the same command again; uploaded files stay.")
-        raise InputError(f"{doing}: the Hub answered {error.server_message or error}. {advice}") from None
-    except (httpx2.TransportError, OSError, RuntimeError) as error:
-        advice = "Run the same command again: uploaded files stay."
-        raise InputError(f"{doing}: the upload broke off ({error}). {advice}") from None
+            names = f"--namespace {args.namespace} and --name {args.name}"
+            raise InputError(f"{names} give no name of a repository: {error}") from None
+    api = HfApi()
+    if not args.dry_run:
+        with asking_the_hub("checking the token"):
+            check_token(api, args.namespace)
+    cards, missing = Cards(published, args.license, f"v{args.version}", licences), []
+    for repo in repos:
+        if repo.kind == "space":
+            repo.files = space_files(published.id_of("moe-instruct"))
+        else:
+            tried = tried_snippet(cards, repo, run_it=False)
+            repo.files["README.md"] = cards.render(repo, tried or NOT_RUN)
+            missing += [] if tried else [repo]
+    check_texts(repos, args.run_dir, *filter(None, [data]))
+    print_plan(repos, "public" if args.public else "private")
+    if args.dry_run:
+        if missing:
+            print(f"The snippets of these cards would be run first: {', '.join(repo.id for repo in missing)}")
+        print("Nothing was uploaded: --dry_run")
+        return
+
+    for repo in missing:
+        repo.files["README.md"] = cards.render(repo, tried_snippet(cards, repo, run_it=True))
+    for repo in sorted(repos, key=lambda repo: repo.kind != "space"):  # which may need a plan
+        with asking_the_hub(f"making {repo.id}"):
+            create(api, repo, published.id_of("moe-instruct"), private=not args.public)
+    unpublished = []
+    for repo in repos:
+        with asking_the_hub(f"looking at {repo.id}"):
+            unpublished += [] if is_published(api, repo, cards.version) else [repo]
+    for repo in repos:
+        if repo in unpublished:
+            with asking_the_hub(f"uploading {repo.id}"):
+                upload(api, repo, cards.version)
+        state = "uploaded" if repo in unpublished else "unchanged"
+        print(f"{api.endpoint}/{'spaces/' * (repo.kind == 'space')}{repo.id}: {state}")
     if not args.public and any(repo.kind == "space" for repo in repos):
         print("The Space needs a secret HF_TOKEN that may read the private model: set it in the Space's settings.")
 

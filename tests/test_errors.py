@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,15 +15,15 @@ from datasets import Dataset
 
 from conftest import REPOSITORY, TASKS, call, instruct_tune, shell, train_expert
 from finteam_experts import errors
-from finteam_experts.data.files import corpus_file, read_corpus, read_task, task_file, tasks_in
+from finteam_experts.data.files import corpus_file, read_corpus, read_task, task_file
 from finteam_experts.data.tasks import FOLDER, read_task_file
 from finteam_experts.errors import InputError
+from finteam_experts.files import read_yaml
 from finteam_experts.runs import RECORD, read_record, require
 
 
 @pytest.fixture
 def data(tmp_path, toy_data):
-    tasks_in.cache_clear()
     return shutil.copytree(toy_data, tmp_path / "data")
 
 
@@ -67,9 +68,9 @@ def test_too_few_passages_for_the_router_are_known_at_once(new_run):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([["a", "b"]] * 3, "column 'text' holds list, not text"),
-        ([1.5] * 3, "column 'text' holds float, not text"),
-        ([None] * 3, "no row has text in column 'text'"),
+        ([["a", "b"]] * 3, "3 of its first 3 rows have no text in column 'text'; row 1 has \\['a', 'b'\\]"),
+        ([1.5] * 3, "have no text in column 'text'; row 1 has 1.5"),
+        ([None] * 3, "have no text in column 'text'; row 1 has None"),
     ],
 )
 def test_columns_of_a_streamed_corpus(new_run, tmp_path, values, message):
@@ -78,7 +79,7 @@ def test_columns_of_a_streamed_corpus(new_run, tmp_path, values, message):
         train_expert(new_run, "macro", "--corpus", tmp_path / "part.parquet")
     with pytest.raises(InputError, match="no column 'body'; it has text, n"):
         train_expert(new_run, "macro", "--corpus", tmp_path / "part.parquet", "--corpus_column", "body")
-    with pytest.raises(InputError, match=r"corpus .*none-\*.parquet: can't be read"):
+    with pytest.raises(InputError, match=r"corpus .*none-\*.parquet can't be read"):
         train_expert(new_run, "macro", "--corpus", tmp_path / "none-*.parquet")
 
 
@@ -117,7 +118,6 @@ def test_a_wrong_task_file(tmp_path, change, message):
 
 
 def test_a_directory_with_some_of_the_tasks(new_run, capsys):
-    tasks_in.cache_clear()
     for task in ("fiqasa", "stock_movement", "headlines"):
         for split in ("train", "test"):
             task_file(new_run / "data", task, split).unlink()
@@ -130,13 +130,11 @@ def test_a_directory_with_some_of_the_tasks(new_run, capsys):
 
 
 def test_a_directory_without_tasks(new_run):
-    tasks_in.cache_clear()
     shutil.rmtree(new_run / "data/tasks")
     with pytest.raises(InputError, match="has nothing to tune on: no tasks/TASK_train.jsonl and no chats/ROLE.jsonl"):
         instruct_tune(new_run, "dense")
     task_file(new_run / "data", "fpb", "train").parent.mkdir()
     task_file(new_run / "data", "fpb", "train").write_text('{"text": "x", "label": "neutral"}\n')
-    tasks_in.cache_clear()
     with pytest.raises(InputError, match="fpb_test.jsonl does not exist"):
         instruct_tune(new_run, "dense")
 
@@ -193,14 +191,50 @@ def test_how_a_script_ends(capsys, error, code, message):
         errors.run(main)
     assert ended.value.code == code
     printed = capsys.readouterr().err
-    assert message in printed
+    assert message in printed.splitlines()[-1]
+    assert ("Traceback" in printed) == (code == 1)  # into the log of a job, whose files may be gone with its machine
+
+
+def test_on_a_terminal_a_traceback_is_kept_in_a_file(capsys, monkeypatch):
+    def main():
+        raise RuntimeError("something broke")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        errors.run(main)
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1] == "error: RuntimeError: something broke."
+    log = Path(re.search(r"The full traceback is in (\S+)", printed)[1])
+    assert "Traceback" in log.read_text()
     assert "Traceback" not in printed
-    if code == 1:
-        log = Path(printed.split("The full traceback is in ")[1].strip())
-        content = log.read_text()
-        assert "Traceback" in content
-        assert type(error).__name__ in content
-        log.unlink()
+    log.unlink()
+
+
+LAUNCHED = (
+    "recipes/instruct_tune.py",
+    "--config",
+    "recipes/sample/instruct_tune_moe.yaml",
+    "--run_dir",
+    "no-such-folder",
+)
+
+
+def test_the_sentence_is_the_last_line_below_accelerate():
+    ended = shell("accelerate", "launch", "--quiet", *LAUNCHED)
+    assert ended.returncode != 0
+    assert ended.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_launcher_of_several_processes_ends_with_the_sentence_too():
+    ended = shell(
+        "accelerate", "launch", "--config_file", "recipes/accelerate/multi_gpu.yaml", "--num_processes", 2,
+        "--mixed_precision", "no", *LAUNCHED, env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert ended.returncode != 0
+    *_, last, border = ended.stderr.splitlines()
+    assert last.startswith("  traceback : error: "), ended.stderr[-3000:]
+    assert set(border) == {"="}
 
 
 def test_a_missing_tracker_ends_with_its_own_sentence(new_run):
@@ -209,8 +243,7 @@ def test_a_missing_tracker_ends_with_its_own_sentence(new_run):
         "macro", "--max_steps", 2, "--report_to", "wandb",
     )  # fmt: skip
     assert ended.returncode != 0
-    assert "pip install wandb" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert "pip install wandb" in ended.stderr.splitlines()[-1]
     train_expert(new_run, "macro")  # it blocks nothing
 
 
@@ -239,3 +272,9 @@ def test_a_space_without_a_team(done_run, model, message):
     assert ended.returncode != 0
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_yaml_value_that_holds_itself(tmp_path):
+    (path := tmp_path / "loop.yaml").write_text("a: &x [*x]\n")
+    with pytest.raises(InputError, match="loop.yaml: a value can't be read: Circular"):
+        read_yaml(path)

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can fix, and how a script ends on any error."""
 
+import contextlib
 import difflib
 import errno
+import json
 import math
 import operator
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
 
 _FULL = "free some space and run the same command again."
 ADVICE = {
@@ -60,39 +65,44 @@ def is_main_process() -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; on any error end with a sentence and a non-zero exit code.
+    """Run a script's `main`; on any error end with a sentence, the last thing on the screen, and a non-zero exit code.
 
-    An `InputError` is printed as it is. For everything else the exception's own message is printed, and the traceback is
-    kept in a file.
+    An `InputError` is printed as it is. For everything else the exception's own message is printed. Its traceback goes to a
+    file if a person is watching, and before the sentence if not: a job's files may be gone with its machine.
     """
     try:
         main()
-    except NotFiniteError as error:
-        _end(f"error: {error}", 2)
-    except InputError as error:  # every process fails in the same way: one reports it
-        _end(f"error: {error}" if is_main_process() else "", 2)
+    except (
+        InputError
+    ) as error:  # every process fails in the same way, and one reports it, but for figures that are not finite
+        _end(f"error: {error}", 2, is_reported=is_main_process() or isinstance(error, NotFiniteError))
     except KeyboardInterrupt:
         _end("Interrupted. The same command continues from the last complete step or checkpoint.", 130)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        advice = f" {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-        _end(f"error: {where}{error.strerror or error or type(error).__name__}.{advice}\n{_traceback_file()}", 1)
     except Exception as error:
-        advice = f"{ADVICE[errno.ENOSPC]}\n" if "No space left" in str(error) or "StorageFull" in str(error) else ""
-        _end(f"error: {type(error).__name__}: {error}\n{advice}{_traceback_file()}", 1)
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        what = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        full = "No space left" in str(error) or "StorageFull" in str(error)
+        advice = ADVICE.get(errno.ENOSPC if full else getattr(error, "errno", None), "")
+        print(f"\n{_traceback()}", file=sys.stderr)
+        _end(f"error: {where}{what}. {advice}".rstrip(), 1)
 
 
-def _end(message: str, code: int) -> None:
-    if message:
+def _end(message: str, code: int, *, is_reported: bool = True) -> NoReturn:
+    if is_reported:
         print(f"\n{message}", file=sys.stderr)
+    if file := os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    ):  # what torch's launcher of several processes reports at its end
+        report = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": report}))
     sys.exit(code)
 
 
-def _traceback_file() -> str:
-    """Write the traceback of the current exception to a file and say where it is."""
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="finteam-", suffix=".log", delete=False) as file:
-            file.write(traceback.format_exc())
-        return f"The full traceback is in {file.name}"
-    except OSError:  # not even the folder of temporary files can be written
-        return traceback.format_exc()
+def _traceback() -> str:
+    """The traceback of the current exception or, on a terminal, where it is kept."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(OSError):  # not even the folder of temporary files may be written to
+            with tempfile.NamedTemporaryFile("w", prefix="finteam-", suffix=".log", delete=False) as file:
+                file.write(traceback.format_exc())
+            return f"The full traceback is in {file.name}"
+    return traceback.format_exc()

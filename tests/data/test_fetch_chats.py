@@ -63,7 +63,8 @@ def test_conversations_and_a_task_of_its_own(hub, capsys):
     assert "chats/general" in capsys.readouterr().out.replace("\n", "")
     fetch(hub, "--data_dir", hub / "data")
     printed = capsys.readouterr().out
-    assert "1 left out, they are no conversations" in printed
+    assert "61 rows: 1 left out, they are no conversations (first: row 61" in printed
+    assert "62 rows: 1 left out, they repeat an earlier text (first: row 61, 'What were sales in 0?" in printed
     for role in ("micro", "general"):
         train, heldout = (read_chats(hub / "data", role, heldout=flag) for flag in (False, True))
         assert len(train) + len(heldout) == 60
@@ -78,7 +79,7 @@ def test_conversations_and_a_task_of_its_own(hub, capsys):
 
 def test_a_source_without_a_conversation_is_named(hub):
     write(hub / "talk", "train", [{"messages": [{"role": "user", "content": "Nobody answers."}]}] * 3)
-    with pytest.raises(InputError, match="talk gave general no conversations from 3 rows. Look at its columns"):
+    with pytest.raises(InputError, match="chats/general, .*talk: its 3 rows gave nothing. Look at its columns"):
         fetch(hub, "--data_dir", hub / "data")
     assert not (hub / "data").exists()
 
@@ -87,7 +88,7 @@ def test_a_source_of_conversations_says_where_they_are(hub):
     table = yaml.safe_load((hub / "sources.yaml").read_text())
     del table["chats"]["micro"][0]["answer"]
     (hub / "sources.yaml").write_text(yaml.safe_dump(table))
-    with pytest.raises(InputError, match="chats.micro: .*calls: name messages, or both question and answer"):
+    with pytest.raises(InputError, match="chats.micro.0: .*name messages, or both question and answer"):
         fetch(hub, "--check")
 
 

@@ -10,9 +10,8 @@ from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from conftest import REPOSITORY, TASKS, call, load_script
-from finteam_experts.data.fetching import question_of
 from finteam_experts.data.files import read_corpus, read_task, task_file
-from finteam_experts.data.hub import Source, read_sources, splits_of
+from finteam_experts.data.hub import Source, read_sources
 from finteam_experts.errors import InputError
 from finteam_experts.runs import read_record, work_folder
 
@@ -48,7 +47,9 @@ def hub(tmp_path):
         ]  # fmt: skip
         write(folder / "headlines", split, headlines)
     speeches = [{"text": f"Speech {number}.\n" + f"{SPEECH}It was point {number}. " * 30} for number in range(60)]
-    speeches.append({"text": f"{SPEECH * 3} We quote: {SENTENCE} Order test 4. {SPEECH * 3}"})
+    speeches += [
+        {"text": f"{SPEECH * 3} {n} quote: {SENTENCE} Order test 4. {SPEECH * 3}"} for n in ("I", "We", "They")
+    ]
     write(folder / "speeches", "train", speeches)
     reports = [
         {"pre_text": [f"Report {n}.", SPEECH, SPEECH], "table": [["year", "2020"], ["sales", str(n)]]}
@@ -65,7 +66,8 @@ def hub(tmp_path):
         "tasks": {
             "fpb": {"dataset": str(folder / "fpb"), "text": ["text"], "label": "answer", "licence": "CC BY-NC-SA 3.0"},
             "headlines": {
-                "dataset": str(folder / "headlines"), "label": "answer", "question": "query", "licence": "MIT",
+                "dataset": str(folder / "headlines"), "label": "answer", "licence": "MIT",
+                "question": {"column": "query", "pattern": r"^(.*?)\s*(?:Your response|Kindly)"},
                 "text": [{"column": "query", "pattern": r"Text:\s*(.*?)\s*(?:Answer:|$)"}],
             },
         },
@@ -130,8 +132,8 @@ def test_fetched_folder_is_a_data_directory(hub, capsys):
     rows = read_record(data)["results"]["rows"]
     assert rows["tasks/fpb_train.jsonl"] == 12
     printed = capsys.readouterr().out
-    assert "fpb: 1 of 13 train rows are left out, since their text is scored" in printed
-    assert re.search(r"macro, .*speeches: 61 rows, .* passages, .*about [\d,]+ tokens", printed)
+    assert "tasks/fpb_train.jsonl, 13 rows: 1 left out, they hold a text that is scored" in printed
+    assert re.search(r"corpora/macro, .*speeches: [\d,]+ texts of 63 rows, about [\d,]+ tokens", printed)
 
 
 def test_corpora_are_passages_without_test_texts_and_split_by_document(hub, capsys):
@@ -140,15 +142,15 @@ def test_corpora_are_passages_without_test_texts_and_split_by_document(hub, caps
     assert len(train) > 60
     assert len(heldout) > 0
     assert all(200 <= len(text) <= 1500 for text in train + heldout)
-    assert not any("Order test 4" in text for text in train + heldout)
-    assert "1 passages left out, they hold a test text" in capsys.readouterr().out
+    assert not any("Order test 4" in text for text in train)
+    assert "left out, they hold a text that is scored (first: " in capsys.readouterr().out
     points = [
         {text.split("point ")[1].split(".")[0] for text in part if "point " in text} for part in (train, heldout)
     ]
     assert not points[0] & points[1]
     quant = read_corpus(hub / "data", "quant")
     assert "year | 2020\nsales | " in "".join(quant)  # lines stay lines
-    assert sum("It was" in text and "Question" not in text for text in quant) > 20  # the context, not the question
+    assert sum("It was" in text and "Question" not in text for text in quant) > 10  # the context, not the question
 
 
 def test_integer_labels_and_rows_without_text(hub, capsys):
@@ -163,7 +165,7 @@ def test_integer_labels_and_rows_without_text(hub, capsys):
         "neutral",
         "positive",
     ]
-    assert "fpb: 2 test rows of" in capsys.readouterr().out
+    assert "11 rows: 2 left out, they have no text (first: row 10" in capsys.readouterr().out
     assert not task_file(hub / "data", "fpb", "valid").exists()
 
 
@@ -188,21 +190,25 @@ def test_short_texts_and_few_documents_make_a_corpus(hub):
         ("Does it talk about gold? Your response should be Yes or No.\nText: gold", "Does it talk about gold?"),
         ("Is gold up? Kindly confirm with 'Yes' or 'No'.\nText: x", "Is gold up?"),
         ("Is gold up? Only answer with Yes or No. Text: x", "Is gold up?"),
+        ("Is gold up?\nText: gold falls. Please note.", "Is gold up?"),
+        ("Is gold up? Does it answer?", "Is gold up? Does it answer?"),
         ("Examine whether gold rises. Please respond with No or Yes.", "Examine whether gold rises."),
-        ("Please answer Yes or No.", "Please answer Yes or No."),
+        ("Please answer Yes or No.", ""),  # then the row asks the task's own question
     ],
 )
 def test_a_question_is_asked_without_its_request_for_a_form(instruction, question):
-    assert question_of(instruction, ("No", "Yes")) == question
+    for table, column in (("data_sources.yaml", "instruction"), ("data_sources_gated.yaml", "query")):
+        source = read_sources(REPOSITORY / "scripts" / table).tasks["headlines"]
+        assert source.read({column: instruction}, source.question) == question
 
 
 def test_check_downloads_nothing_and_names_every_problem(hub, capsys):
     call("scripts/fetch_data.py", "--sources", hub / "sources.yaml", "--check")
     assert "corpora/macro" in capsys.readouterr().out.replace("\n", "")
     change(hub, "tasks", "headlines", text=["text"])
-    (hub / "hub/fpb/test.jsonl").unlink()
+    change(hub, "tasks", "fpb", splits={"train": "trian"})
     with pytest.raises(
-        InputError, match=r"fpb has no test split(?s:.*)headlines has no column 'text'; it has id, query"
+        InputError, match=r"fpb has no split 'trian'(?s:.*)headlines has no column 'text'; it has id, query"
     ):
         call("scripts/fetch_data.py", "--sources", hub / "sources.yaml", "--check")
     assert not (hub / "data").exists()
@@ -214,7 +220,7 @@ def test_a_set_with_configurations_needs_one(hub):
         "---\nconfigs:\n" + "".join(
             f"- config_name: {name}\n  data_files:\n  - {{split: train, path: train.jsonl}}\n  - {{split: test, path: test.jsonl}}\n"
             for name in ("all", "half")) + "---\n")  # fmt: skip
-    with pytest.raises(InputError, match=r"has the configurations all, half; found config: None"):
+    with pytest.raises(InputError, match=r"\['all', 'half'\](?s:.*)found config: None"):
         fetch(hub)
     change(hub, "tasks", "fpb", config="half")
     fetch(hub)
@@ -243,7 +249,7 @@ def test_limits_and_choices(hub):
 
 def test_interrupted_fetch_keeps_what_is_complete(hub, monkeypatch, capsys):
     script = load_script("scripts/fetch_data.py")
-    monkeypatch.setattr(script, "fetch_corpus", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(script, "fetch_role", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr("sys.argv", ["x", "--sources", str(hub / "sources.yaml"), "--data_dir", str(hub / "data")])
     with pytest.raises(KeyboardInterrupt):
         script.main()
@@ -262,12 +268,16 @@ def test_interrupted_fetch_keeps_what_is_complete(hub, monkeypatch, capsys):
         (lambda hub: change(hub, "tasks", "fpb", lable="x"), r"sources.yaml: tasks.fpb.lable: extra inputs"),
         (
             lambda hub: write(hub / "hub/fpb", "test", [{"text": "a", "answer": "up"}]),
-            r"test row 1: unknown label 'up'",
+            r"fpb, test of .*: unknown labels: 'up' \(1 rows\)",
         ),
-        (lambda hub: (hub / "hub/fpb/test.jsonl").unlink(), r"has no test split; it has train"),
+        (lambda hub: change(hub, "tasks", "fpb", splits={"test": "tets"}), r"has no split 'tets'; it has train"),
+        (
+            lambda hub: change(hub, "tasks", "fpb", splits={"tets": "test"}),
+            r"tasks.fpb.splits.tets.*input should be 'train', 'valid' or 'test'",
+        ),
         (
             lambda hub: write(hub / "hub/speeches", "train", [{"text": ""}, {"text": " "}]),
-            r"speeches gave macro no passages from 2 rows",
+            r"corpora/macro, .*speeches: its 2 rows gave nothing",
         ),
         (lambda hub: (hub / "sources.yaml").unlink(), r"sources.yaml: no such file"),
     ],
@@ -297,7 +307,7 @@ def test_unknown_names(hub):
         ),
         (DatasetNotFoundError("Dataset 'owner/name' doesn't exist."), "If it has moved, correct its id"),
         (RuntimeError("Dataset scripts are no longer supported"), "Read its Parquet copy: options"),
-        (ConnectionError("no route to host"), "Run the same command again: what is fetched stays"),
+        (ConnectionError("no route to host"), "Run the same command again later: what is fetched stays"),
     ],
 )
 def test_a_set_that_cannot_be_read_says_what_to_do(monkeypatch, error, advice):
@@ -306,4 +316,4 @@ def test_a_set_that_cannot_be_read_says_what_to_do(monkeypatch, error, advice):
 
     monkeypatch.setattr("finteam_experts.data.hub.get_dataset_split_names", fail)
     with pytest.raises(InputError, match=rf"owner/name can't be read: .*\n.*{advice}"):
-        splits_of(Source(dataset="owner/name", text=["text"], licence="MIT"))
+        Source(dataset="owner/name", text=["text"], licence="MIT").kinds()

@@ -8,14 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
-from conftest import REPOSITORY, ROLES, SHORT, shell
+from conftest import REPOSITORY, ROLES, SHORT, call, shell
 from finteam_experts.errors import InputError
 from finteam_experts.files import read_json
-from finteam_experts.publishing.cards import learned_from, metadata
+from finteam_experts.publishing.cards import Cards, learned_from
 from finteam_experts.publishing.repositories import PublishedRun, Repo, check_licence, check_texts
 from local_hub import OWNER, READER, LocalHub
 
@@ -61,19 +62,13 @@ print("ENDED", json.dumps(ended))
 
 
 def with_secrets(run, tmp_path_factory):
-    """A copy of a complete run whose cards' snippets have been run, among files that are nobody's business."""
+    """A copy of a complete run, among files that are nobody's business."""
     run_dir = shutil.copytree(run, tmp_path_factory.mktemp("publish") / "run")
     for part in ("moe", "moe-instruct", "adapters/macro"):
         (run_dir / part / ".env").write_text("TOKEN=secret")
         (run_dir / part / "optimizer.pt").write_bytes(b"secret")
         (run_dir / part / "checkpoint-2").mkdir()
         (run_dir / part / "checkpoint-2" / "model.safetensors").write_bytes(b"secret")
-    with LocalHub(tmp_path_factory.mktemp("hub") / "hub") as hub:
-        [(code, output, errors)] = publish(run_dir, hub, (OWNER, ["--dry_run"]))
-        assert code == 0, errors
-        assert "Nothing was uploaded" in output
-        assert f"owner/{NAME}-merged" in output
-        assert not hub.requests
     return run_dir
 
 
@@ -118,7 +113,7 @@ def test_what_is_published_and_nothing_else(published):
     space = hub.repos["spaces", f"owner/{NAME}"]
     assert space.private
     assert set(space.commits[space.head]) - {".gitattributes"} == {
-        "README.md", "app.py", "team.py", "panels.py", "examples.py", "gpu.py", "chats.py", "prompts.py",
+        "README.md", "app.py", "team.py", "panels.py", "examples.py", "gpu.py", "chats.py", "prompts.py", "scoring.py",
         "requirements.txt",
     }  # fmt: skip
     assert space.settings["variables"] == [{"key": "MODEL_ID", "value": f"owner/{NAME}"}]
@@ -262,7 +257,7 @@ def test_a_published_team_trains_on(published, tmp_path, toy_data):
     fetched = shell("hf", "download", f"owner/{NAME}-merged", "--local-dir", tmp_path / "moe", env=environment)
     assert fetched.returncode == 0, fetched.stderr[-2000:]
     tuned = shell(
-        "accelerate", "launch", "recipes/instruct_tune.py", "--config", "recipes/sample/instruct_tune_moe.yaml",
+        "accelerate", "launch", "--quiet", "recipes/instruct_tune.py", "--config", "recipes/sample/instruct_tune_moe.yaml",
         "--run_dir", tmp_path, "--data_dir", toy_data, *SHORT, env=environment,
     )  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr[-2000:]
@@ -274,7 +269,7 @@ def test_a_team_whose_adapters_are_elsewhere_is_published_without_them(copied_ru
     run = PublishedRun(copied_run, "owner", NAME, "owner/toy")
     repos = run.repos(["dense", "adapters", "moe", "moe-instruct", "space"])
     assert [repo.part for repo in repos] == ["moe", "moe-instruct", "space"]
-    assert metadata(run, repos[0], "apache-2.0", []).base_model == ["owner/toy"]
+    assert Cards(run, "apache-2.0", "v1", {}).metadata(repos[0]).base_model == ["owner/toy"]
     record = read_json(copied_run / "moe/finteam.json")
     del record["inputs"]["base"]  # as in a team that was changed
     (copied_run / "moe/finteam.json").write_text(json.dumps(record))
@@ -298,12 +293,86 @@ def test_preflight_refuses_before_anything_is_made(hub, run_with_secrets):
     assert not hub.repos
 
 
-def test_a_space_without_a_plan_is_refused_before_the_first_upload(hub, run_with_secrets):
+def test_a_dry_run_runs_makes_and_loads_nothing(hub, copied_run, monkeypatch):
+    [(code, output, errors)] = publish(copied_run, hub, (OWNER, ["--dry_run"]))
+    assert code == 0, errors
+    for name in MODELS:
+        assert f"model {name} (private)" in output
+    assert "MB  model.safetensors" in output
+    assert f"The snippets of these cards would be run first: owner/{NAME}-macro-lora, " in output
+    assert "Nothing was uploaded" in output
+    assert not hub.requests
+    assert not (copied_run / "reports/snippets.json").exists()
+
+    def refuse(*_, **__):
+        raise AssertionError("a dry run runs and loads nothing")
+
+    monkeypatch.setattr("subprocess.run", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    call(*command(copied_run), "--dry_run")
+
+
+def spoil_report(run_dir):
+    path = run_dir / "reports/evaluation.json"
+    report = read_json(path)
+    report["inputs"]["models"]["moe-instruct"]["weights"] = "0" * 16
+    path.write_text(json.dumps(report))
+
+
+def forget_steps(run_dir):
+    path = run_dir / "moe-instruct/finteam.json"
+    record = read_json(path)
+    del record["results"]["rows_seen"]
+    path.write_text(json.dumps(record))
+
+
+def name_the_token(run_dir):
+    path = run_dir / "moe/chat_template.jinja"
+    path.write_text(path.read_text() + f"{{# {OWNER} #}}")
+    (run_dir / "reports/routing.json").unlink()  # it is of the team before
+
+
+def break_the_model(run_dir):
+    (run_dir / "moe/model.safetensors").write_bytes(b"no weights")
+    (run_dir / "reports/routing.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoil_report, "is of another moe-instruct"),
+        (forget_steps, "rows_seen"),
+        (name_the_token, "chat_template.jinja names your token. Remove it"),
+        (break_the_model, "snippet fails on"),
+    ],
+)
+def test_everything_is_checked_before_the_first_repository_is_made(hub, copied_run, damage, message):
+    damage(copied_run)
+    parts = ["--parts", "moe"] if damage is break_the_model else []
+    [(code, _, errors)] = publish(copied_run, hub, (OWNER, parts))
+    assert code in (1, 2)
+    assert message in errors
+    assert not hub.repos
+
+
+def test_an_adapter_that_the_team_was_not_merged_from_is_left_out(copied_run, capsys):
+    """As after a replacement in the team: the adapter of the run folder is that of the expert before."""
+    record = read_json(copied_run / "moe/finteam.json")
+    adapter = copied_run / "adapters/quant/adapter_model.safetensors"
+    adapter.write_bytes((copied_run / "adapters/macro/adapter_model.safetensors").read_bytes())
+    for about in ({}, {"experts": {name: {"adapter": own} for name, own in record["inputs"]["adapters"].items()}}):
+        (copied_run / "moe/finteam.json").write_text(json.dumps(record | about))
+        run = PublishedRun(copied_run, "owner", NAME, "owner/toy")
+        assert [repo.part for repo in run.repos(["adapters"])] == ["adapters/macro", "adapters/micro"]
+        assert "adapters/quant is not what the expert in" in capsys.readouterr().out
+
+
+def test_a_space_without_a_plan_is_refused_before_a_model_is_made(hub, run_with_secrets):
     hub.paid = False
     [(code, _, errors)] = publish(run_with_secrets, hub, (OWNER, []))
     assert code == 2
     assert "leave space out of --parts" in errors
-    assert not [path for method, path, _ in hub.requests if "/commit/" in path or method == "PUT"]
+    assert not hub.repos
 
 
 def test_a_version_is_not_published_twice_with_other_files(hub, run_with_secrets):
@@ -317,8 +386,11 @@ def test_a_version_is_not_published_twice_with_other_files(hub, run_with_secrets
     )
     assert first[0] == new[0] == 0
     assert other[0] == 2
-    assert "Name a new one with --version" in other[2]
-    assert set(hub.repos["models", f"owner/{NAME}-micro-lora"].tags) == {"v0.1.0", "v2"}
+    assert "version v0.1.0 was published with another README.md. Name a new one with --version" in other[2]
+    for role in ROLES:
+        repo = hub.repos["models", f"owner/{NAME}-{role}-lora"]
+        assert set(repo.tags) == {"v0.1.0", "v2"}
+        assert len(repo.commits) == 3  # the refused version left none
 
 
 @pytest.mark.parametrize(
@@ -340,10 +412,13 @@ def test_licences_that_allow_it():
     check_licence("llama3.1", {}, "meta-llama/Llama-3.1-8B-Instruct", "Llama-Team")
 
 
-@pytest.mark.parametrize("text", ["token hf_abcdefghijklmnopqrstuvwx", '{"base": "/home/me/model"}'])
-def test_texts_with_tokens_or_local_folders_are_refused(text):
-    with pytest.raises(InputError, match="a token or a folder of this machine"):
-        check_texts([Repo("me/x", "moe", "", {"config.json": text.encode()})])
+def test_texts_that_name_the_token_or_a_folder_of_this_machine_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    for text, named in ((OWNER, "your token"), (f"{tmp_path}/model", "a folder of this machine"),
+                        (f"{Path.home()}/model", "your home folder")):  # fmt: skip
+        with pytest.raises(InputError, match=f"me/x/config.json names {named}"):
+            check_texts([Repo("me/x", "moe", {"config.json": json.dumps({"base": text}).encode()})], tmp_path)
+    check_texts([Repo("me/x", "moe", {"config.json": b"{}", "model.safetensors": OWNER.encode()})], tmp_path)
 
 
 @pytest.mark.parametrize(

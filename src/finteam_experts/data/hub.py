@@ -1,103 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets on the Hub as data: the table that says where texts, labels and questions are, and rows read by it.
+"""Datasets on the Hub, or in local folders: the table that says where texts, labels and questions are, and rows read by it.
 
-Every way in which a set can't be read (gated, moved, several configurations, a loading script, a Hub out of service) is an
-`InputError` with what to do about it.
+Only text is text. A number, a date or a struct where text should be makes a row unusable (`UnusableRow`), and the columns of
+CSV files are read as they are written. A set that can't be read is an `InputError` with what to do about it.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-import httpx2
-from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets import Features, Value, get_dataset_split_names, load_dataset_builder
+from datasets.packaged_modules.csv.csv import Csv
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from finteam_experts.data.tasks import FOLDER, Tasks, read_task_file
+from finteam_experts.data.tasks import FOLDER, Tasks, plain, read_task_file
 from finteam_experts.errors import InputError, nearest
 from finteam_experts.files import read_yaml
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 SHUFFLED = 10_000  # rows that wait to be drawn from, where not all of a set are taken: sets are often sorted by date
-OPTIONS = ("data_dir", "data_files", "revision")
-_FAILURES = (DatasetsError, HfHubHTTPError, ConnectionError, OSError, RuntimeError, httpx2.HTTPError)
+ADVICE = {  # by what an error says; the last one is for all others
+    "is a gated": "Accept its terms at https://huggingface.co/datasets/{0.dataset} and log in with 'hf auth login'.",
+    "NotFound": "If it has moved, correct its id in the table of sources; if it is private, log in with 'hf auth login'.",
+    "onfig": "Name its configuration with config in the table of sources; found config: {0.config}.",
+    "Dataset scripts": "It has a loading script. Read its Parquet copy: options: {{revision: refs/convert/parquet}}",
+    "codec can't decode": "Its files are not UTF-8. Convert a copy of them, and name that folder as dataset.",
+    "Connect": (later := "Run the same command again later: what is fetched stays."),
+    "Server Error": later,
+    "": "Correct the table of sources, or leave it out with --tasks, --roles or --chats.",
+}
 
 
-class Column(BaseModel):
+@dataclass(frozen=True)
+class Draw:
+    """Which rows are taken of each dataset and split, and how long a passage may be."""
+
+    max_rows: int | None = None
+    seed: int = 0
+    max_characters: int = 6000
+
+
+class UnusableRow(ValueError):
+    """Why a row can't be used, and what it holds instead."""
+
+
+class UnknownLabel(ValueError):
+    """A label that the task does not have."""
+
+
+def _with_a_group(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    if not pattern.groups:
+        raise ValueError(f"{pattern.pattern!r} has no group; put the text in ( )")
+    return re.compile(pattern.pattern, re.DOTALL)
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Column(Fields):
     """A part of a column: what the first group of a regular expression matches (dots match line breaks)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     column: str
-    pattern: str
-
-    def read(self, value: str) -> str:
-        found = re.search(self.pattern, value, flags=re.DOTALL)
-        return found[1].strip() if found else ""
+    pattern: Annotated[re.Pattern[str], AfterValidator(_with_a_group)]
 
 
-class Source(BaseModel):
+class Source(Fields):
     """Where text comes from: scripts/data_sources.yaml says what each field means."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     dataset: str
     text: tuple[str | Column, ...]
     licence: str
     config: str | None = None
-    options: dict[str, Any] = {}
-
-    @property
-    def page(self) -> str:
-        return f"https://huggingface.co/datasets/{self.dataset}"
+    options: dict[Literal["revision", "data_dir", "data_files"], Any] = {}
+    splits: dict[Literal["train", "valid", "test"], str] = {}
 
     def text_of(self, row: dict[str, Any]) -> str:
-        """The text of a row, empty if it has none."""
-        return "\n\n".join(filter(None, (self.read(row, part) for part in self.text)))
+        """The text of a row, empty if it has none; `UnusableRow` if one of its columns holds something else."""
+        return "\n\n".join(filter(None, (self.read(row, column) for column in self.text)))
 
-    def read(self, row: dict[str, Any], part: str | Column) -> str:
-        """The text of a column or of a part of it; `InputError` if there is no such column."""
-        value = _flat(self.value(row, part if isinstance(part, str) else part.column))
-        return value if isinstance(part, str) else part.read(value)
+    def read(self, row: dict[str, Any], column: str | Column) -> str:
+        """The text of a column or of a part of it."""
+        if isinstance(column, str):
+            return _text(column, self.value(row, column))
+        match = column.pattern.search(self.read(row, column.column))
+        return (match[1] or "").strip() if match else ""
 
     def value(self, row: dict[str, Any], column: str) -> Any:
         if column not in row:
             raise InputError(f"{self.dataset} has no column '{column}'; it has {', '.join(row)}.")
         return row[column]
 
-    def unreadable(self, error: Exception) -> InputError:
-        """What is wrong with a set that can't be read, and what to do."""
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        text = str(error)
-        if isinstance(error, GatedRepoError) or "gated" in text.lower() or status in (401, 403):
-            advice = f"Accept its terms at {self.page} and log in with 'hf auth login'."
-        elif isinstance(error, RuntimeError) and "script" in text:
-            advice = "It has a loading script. Read its Parquet copy: options: {revision: refs/convert/parquet}"
-        elif isinstance(error, UnicodeDecodeError) or "decode" in text:
-            advice = "Its files are not UTF-8. Convert a copy of them, and name that folder as dataset."
-        elif status and status >= 500:
-            advice = "The Hub is out of service. Run the same command again later: what is fetched stays."
-        elif isinstance(error, DatasetNotFoundError) or status == 404:
-            advice = f"If it has moved, correct its id in the table of sources; if it is gated, accept its terms at {self.page}."
-        elif isinstance(error, ConnectionError | httpx2.HTTPError):
-            advice = "The connection broke off. Run the same command again: what is fetched stays."
-        else:
-            advice = "Correct the table of sources, or leave it out with --tasks or --roles."
-        return InputError(f"{self.dataset} can't be read: {text or type(error).__name__}\n{advice}")
+    def rows(self, split: str, draw: Draw) -> tuple[Iterator[dict[str, Any]], list[str]]:
+        """The rows of a split, or those that are drawn of it, and the names of its labels where these are numbered classes.
+
+        Rows are streamed, so that `draw.max_rows` bounds the download. Those of CSV files are text, whatever they look like.
+        """
+        options, label = dict(self.options), getattr(self, "label", None)
+        with self._reading():
+            builder = load_dataset_builder(self.dataset, self.config, **options)
+            stream = builder.as_streaming_dataset(split)
+            classes = getattr((stream.features or {}).get(label), "names", [])
+            if isinstance(builder, Csv) and (columns := next(iter(stream), None)):
+                strings = Features({column: Value("string") for column in columns})
+                options |= {"features": strings, "keep_default_na": False}
+                stream = load_dataset_builder(self.dataset, self.config, **options).as_streaming_dataset(split)
+        if draw.max_rows is not None:
+            stream = stream.shuffle(seed=draw.seed, buffer_size=SHUFFLED).take(draw.max_rows)
+
+        def rows() -> Iterator[dict[str, Any]]:
+            with self._reading():
+                yield from stream
+
+        return rows(), classes
+
+    def kinds(self) -> dict[str, str]:
+        """The set's splits that serve as train, valid and test; `InputError` if it can't be read or has none to train on."""
+        with self._reading():
+            present = get_dataset_split_names(self.dataset, config_name=self.config, **self.options)
+        kinds = {}
+        for kind, names in SPLITS.items():
+            names = (self.splits[kind],) if kind in self.splits else names
+            if split := next((name for name in names if name in present), None):
+                kinds[kind] = split
+            elif kind in self.splits or kind == "train":
+                advice = "Name another with splits in the table of sources, such as splits: {train: NAME}."
+                raise InputError(f"{self.dataset} has no split '{names[0]}'; it has {', '.join(present)}. {advice}")
+        return kinds
+
+    def commit(self) -> str | None:
+        """The commit of the Hub that the set's revision stands for now; `None` for a folder."""
+        if Path(self.dataset).exists():
+            return None
+        with self._reading():
+            return HfApi().dataset_info(self.dataset, revision=self.options.get("revision")).sha
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say what is wrong with a set that can't be read, and what to do."""
+        try:
+            yield
+        except Exception as error:  # of the libraries and the network, which have many kinds
+            text = f"{type(error).__name__}: {error}"
+            advice = next(advice for sign, advice in ADVICE.items() if sign in text)
+            raise InputError(f"{self.dataset} can't be read: {text}\n{advice.format(self)}") from None
 
 
 class TaskSource(Source):
     label: str
-    labels: dict[str | int, str] = {}
+    labels: dict[str | int | float | bool, str | None] = {}
     question: str | Column | None = None
 
-    def label_of(self, row: dict[str, Any], names: Iterable[str]) -> str | None:
-        """The task's label of a row, by `labels` or by its name in any case; `None` if it is none of `names`."""
-        found = self.value(row, self.label)
-        mapped = self.labels.get(found, self.labels.get(str(found), found))
-        return {name.lower(): name for name in names}.get(str(mapped).strip().lower())
+    def label_of(self, row: dict[str, Any], names: Collection[str], classes: list[str]) -> str:
+        """The task's label of a row: by `labels`, by the name of its class in the set's `classes`, or by its own name.
+
+        Case, spaces and the form of Unicode don't matter. `UnusableRow` if the row has no label (null, blank or -1, or one
+        that `labels` maps to null), `UnknownLabel` if the task does not have it.
+        """
+        value = self.value(row, self.label)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a column of whole numbers with gaps
+        if value is None or value != value or (isinstance(value, str) and not _label_key(value)):
+            raise UnusableRow("have no label", value)
+        if not isinstance(value, str | int | float):
+            raise UnknownLabel(f"{value!r:.60} ({type(value).__name__})")
+        mapped = {_label_key(key): name for key, name in self.labels.items()}
+        known = {_label_key(name): name for name in names}
+        key = _label_key(value)
+        if key not in mapped and key.isdecimal() and int(key) < len(classes):
+            key = _label_key(classes[int(key)])
+        if mapped.get(key, "") is None:
+            raise UnusableRow("have a label that the table of sources leaves out", value)
+        if (key := _label_key(mapped.get(key, key))) in known:
+            return known[key]
+        if key == "-1":
+            raise UnusableRow("have no label", value)
+        raise UnknownLabel(f"{value!r:.60}")
 
 
 class ChatSource(Source):
@@ -108,6 +191,12 @@ class ChatSource(Source):
     question: str | Column | None = None
     answer: str | Column | None = None
 
+    @model_validator(mode="after")
+    def _says_where_they_are(self) -> Self:
+        if bool(self.messages) == bool(self.question and self.answer):
+            raise ValueError("name messages, or both question and answer")
+        return self
+
     def messages_of(self, row: dict[str, Any]) -> Any:
         """The row in TRL's conversational format, not yet checked."""
         if self.messages:
@@ -116,18 +205,17 @@ class ChatSource(Source):
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": self.read(row, self.answer)}]
 
 
-class Sources(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Sources(Fields):
     tasks: dict[str, TaskSource] = {}
     roles: dict[str, list[Source]] = {}
     chats: dict[str, list[ChatSource]] = {}
 
     def listed(self) -> list[tuple[str, Source]]:
         """Every source, with the file of the data directory that it is for."""
-        found = [(f"tasks/{name}", source) for name, source in self.tasks.items()]
+        listed = [(f"tasks/{name}", source) for name, source in self.tasks.items()]
         for folder, by_role in (("corpora", self.roles), ("chats", self.chats)):
-            found += [(f"{folder}/{role}", source) for role, own in by_role.items() for source in own]
-        return found
+            listed += [(f"{folder}/{role}", source) for role, sources in by_role.items() for source in sources]
+        return listed
 
 
 def read_sources(path: Path) -> Sources:
@@ -138,36 +226,22 @@ def read_sources(path: Path) -> Sources:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}.") from None
     for name, task in task_definitions(path, sources).items():
-        for label in sources.tasks[name].labels.values():
+        for label in filter(None, sources.tasks[name].labels.values()):
             if label not in task.labels:
                 known = nearest(label, task.labels)
                 raise InputError(f"{path}: tasks.{name}.labels: {name} has no label '{label}'.{known}")
-    for role, source in ((role, source) for role, own in sources.chats.items() for source in own):
-        if bool(source.messages) == bool(source.question and source.answer):
-            raise InputError(f"{path}: chats.{role}: {source.dataset}: name messages, or both question and answer.")
-    for _, source in sources.listed():
-        for part in (part for part in source.text if isinstance(part, Column)):
-            try:
-                groups = re.compile(part.pattern).groups
-            except re.error as error:
-                raise InputError(f"{path}: {source.dataset}: the pattern {part.pattern!r} is none: {error}.") from None
-            if groups < 1:
-                advice = "has no group. Put the text in ( )."
-                raise InputError(f"{path}: {source.dataset}: the pattern {part.pattern!r} {advice}")
-        for key in source.options:
-            if key not in OPTIONS:
-                advice = "Name the configuration with config." if key == "name" else f"Known: {', '.join(OPTIONS)}."
-                raise InputError(f"{path}: {source.dataset}: options can't have '{key}'. {advice}")
     return sources
 
 
 def definition_file(table: Path, name: str) -> Path:
     """The lm-eval task file of a task in the table of sources: tasks/NAME.yaml beside the table, or the package's own."""
-    own, packaged = table.parent / "tasks" / f"{name}.yaml", FOLDER / f"{name}.yaml"
-    if not own.is_file() and not packaged.is_file():
+    beside, packaged = table.parent / "tasks" / f"{name}.yaml", FOLDER / f"{name}.yaml"
+    if not beside.is_file() and not packaged.is_file():
         hint = nearest(name, [path.stem for path in FOLDER.glob("*.yaml")])
-        raise InputError(f"{table}: unknown task '{name}'.{hint} Describe another one in {own}, an lm-eval task file.")
-    return own if own.is_file() else packaged
+        raise InputError(
+            f"{table}: unknown task '{name}'.{hint} Describe another one in {beside}, an lm-eval task file."
+        )
+    return beside if beside.is_file() else packaged
 
 
 def task_definitions(table: Path, sources: Sources) -> Tasks:
@@ -175,63 +249,23 @@ def task_definitions(table: Path, sources: Sources) -> Tasks:
     return {name: read_task_file(definition_file(table, name)) for name in sources.tasks}
 
 
-def splits_of(source: Source, revision: str | None = None) -> list[str]:
-    """The splits of a set; `InputError` if it can't be read, or if rows of a task are not split into train and test."""
-    options = _options(source, revision)
-    try:
-        splits = get_dataset_split_names(source.dataset, config_name=source.config, **options)
-    except ValueError as error:
-        if "onfig" not in str(error):
-            raise source.unreadable(error) from None
-        names = ", ".join(get_dataset_config_names(source.dataset, **options))
-        advice = "Name one with config in the table of sources."
-        raise InputError(
-            f"{source.dataset} has the configurations {names}; found config: {source.config}. {advice}"
-        ) from None
-    except _FAILURES as error:
-        raise source.unreadable(error) from None
-    for kind in ("train", "test") if isinstance(source, TaskSource) else ("train",):
-        if not set(SPLITS[kind]) & set(splits):
-            raise InputError(f"{source.dataset} has no {kind} split; it has {', '.join(splits)}.")
-    return splits
+def _text(column: str, value: Any) -> str:
+    """A text, the lines of a list of texts, or a table with ` | ` between the cells of a row; empty for what is missing."""
+    if not isinstance(value, list):
+        return _plain(column, value)
+    lines = (
+        " | ".join(_plain(column, cell) for cell in line) if isinstance(line, list) else _plain(column, line)
+        for line in value
+    )
+    return "\n".join(filter(None, lines)).strip()
 
 
-def revision_of(source: Source) -> str | None:
-    """The commit of the set on the Hub that its revision stands for; `None` for a folder."""
-    if Path(source.dataset).exists():
-        return None
-    try:
-        return HfApi().dataset_info(source.dataset, revision=source.options.get("revision")).sha
-    except _FAILURES as error:
-        raise source.unreadable(error) from None
+def _plain(column: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return (value or "").strip()
+    raise UnusableRow(f"hold a value of type {type(value).__name__} in column '{column}', which is no text", value)
 
 
-def rows(
-    source: Source, kind: str, max_rows: int | None, seed: int, revision: str | None = None
-) -> Iterator[dict[str, Any]]:
-    """The rows of the split of that kind, train, valid or test, or `max_rows` of them, drawn at random.
-
-    None for a set without that split. Rows are streamed, so that `max_rows` bounds the download.
-    """
-    split = next((name for name in SPLITS[kind] if name in splits_of(source, revision)), None)
-    if split is None:
-        return
-    try:
-        options = _options(source, revision)
-        stream = load_dataset(source.dataset, source.config, split=split, streaming=True, **options)
-        if max_rows is not None:
-            stream = stream.shuffle(seed=seed, buffer_size=SHUFFLED).take(max_rows)
-        yield from stream
-    except (*_FAILURES, ValueError) as error:
-        raise source.unreadable(error) from None
-
-
-def _options(source: Source, revision: str | None) -> dict[str, Any]:
-    return source.options | ({"revision": revision} if revision else {})
-
-
-def _flat(value: Any) -> str:
-    """Text of a column that may be a list of sentences, or a table as a list of rows."""
-    if isinstance(value, list):
-        return "\n".join(" | ".join(map(str, part)) if isinstance(part, list) else str(part) for part in value).strip()
-    return "" if value is None else str(value).strip()
+def _label_key(label: Any) -> str:
+    """What two spellings of a label share, in any case and form of Unicode."""
+    return unicodedata.normalize("NFKC", plain(str(label))).casefold()
