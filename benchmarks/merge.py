@@ -24,7 +24,7 @@ from finteam_experts import runs
 from finteam_experts.errors import run
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.merging.config import read_merge_config, trained_roles
-from finteam_experts.merging.layout import finish_folder
+from finteam_experts.merging.moe import finish_folder
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, empty_model
 from finteam_experts.weights import StoredTensors, new_writer, size_of
 from shapes import SHAPES

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from finteam_experts.threads import use_available_cores  # before torch
 
-import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
@@ -26,37 +25,32 @@ from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, c
 from finteam_experts.data.files import check_roles, corpus_file, task_file, tasks_of
 from finteam_experts.data.tasks import prompting
 from finteam_experts.errors import InputError, check_number, run
-from finteam_experts.families import family_in
 from finteam_experts.files import check_disk_room, file_hash
-from finteam_experts.fingerprints import PARTS, fingerprint, trunk_fingerprint
+from finteam_experts.fingerprints import PARTS, expert_fingerprint, fingerprint, trunk_fingerprint
 from finteam_experts.merging.config import BASE
 from finteam_experts.merging.gates import GATES, write_gates
 from finteam_experts.merging.router import fit, team_sums
 from finteam_experts.merging.sums import FEWEST_TOKENS, RIDGE, TOKENS_PER_ROLE, save_sums, sums_file
 from finteam_experts.models import as_chats, load_model, load_tokenizer, read_config, reading_dtype
 from finteam_experts.training.experts import split_on_cpu
-from finteam_experts.weights import StoredTensors, weight_files
+from finteam_experts.weights import weight_files
 
 
-def check_experts(moe: Path, names: list[str], experts: Path) -> None:
-    """Raise `InputError` unless each expert of the MoE is the dense expert of the role that its record gives it."""
-    count, family = read_config(moe).num_local_experts, family_in(moe)
-    if len(names) != count:
+def check_experts(moe: Path, record: dict) -> dict[str, str]:
+    """The fingerprints of the MoE's experts by name; `InputError` unless they are those of its record."""
+    names = [member["name"] for member in record["team"]]
+    if (count := read_config(moe).num_local_experts) != len(names):
         raise InputError(f"{moe} has {count} experts, but its {runs.RECORD} names {len(names)}: {', '.join(names)}.")
-    sources = {}
-    for name in names:
-        if (experts / name).is_dir():
-            with StoredTensors(experts / name) as stored:
-                sources[name] = stored["model.layers.0.mlp.down_proj.weight"]
-    with StoredTensors(moe) as stored:
-        for place, name in enumerate(names):
-            own = stored[family.expert_tensor(0, place, "down_proj")]
-            if name in sources and not torch.equal(own, sources[name].to(own.dtype)):
-                found = [other for other, source in sources.items() if torch.equal(own, source.to(own.dtype))]
-                raise InputError(
-                    f"{moe}/{runs.RECORD} gives '{name}' an expert whose weights are those of "
-                    f"{' or '.join(found) or 'no expert'} in {experts}. Merge again: scripts/merge_moe.py --overwrite"
-                )
+    found = {name: expert_fingerprint(moe, place) for place, name in enumerate(names)}
+    recorded = {name: about["fingerprint"] for name, about in record.get("experts", {}).items()}
+    for name, own in found.items():
+        if recorded.get(name, own) != own:
+            same = " or ".join(other for other, known in recorded.items() if known == own) or "no expert"
+            raise InputError(
+                f"{moe}/{runs.RECORD} gives '{name}' another expert than the weights at its place, which are those of {same} that "
+                "it knows. One of them was changed by hand: put it back."
+            )
+    return found
 
 
 def is_fitted(moe: Path, record: dict, inputs: dict, *, overwrite: bool) -> bool:
@@ -98,8 +92,7 @@ def main() -> None:
     names = [member["name"] for member in record["team"]]
     check_roles(data, tasks_of(data), names)
     check_chat_roles(data, names)
-    if merged:
-        check_experts(moe, names, args.run_dir / "experts")
+    experts = check_experts(moe, record)
     tokenizer = load_tokenizer(moe)
     form = as_chats(tokenizer, moe)
     text = [role_text(data, name, form, args.tokens_per_role, args.seed, args.chat_share) for name in names]
@@ -124,18 +117,22 @@ def main() -> None:
     model = load_model(moe, reading_dtype(device)).to(device)  # bfloat16 takes half as long, and the gates are as good
     split_on_cpu(model)
     trunk = trunk_fingerprint(moe)
-    sums = team_sums(model, tokenizer, [own for own, _ in text], general, args.ridge, trunk=trunk)
+    passages = [own for own, _ in text]
+    sums = team_sums(
+        model, tokenizer, passages, general, args.ridge, trunk=trunk, experts=[experts[name] for name in names]
+    )
     gates, results = fit(model, tokenizer, sums, [held_back for _, held_back in text], args.ridge, args.scale)
     del model  # room for the files below
 
     check_disk_room(moe, max(file.stat().st_size for file in weight_files(moe)))
-    record["router"] = {"kind": "fitted", "inputs": inputs, "results": results}
+    record["router"] = {"kind": "fitted", "ridge": args.ridge, "inputs": inputs, "results": results}
     advice = f"its router was being replaced when that was interrupted. Run again: scripts/fit_router.py --model {args.model}"
     with runs.changed_in_place(moe, record, advice):
         write_gates(moe, gates)
         for name, own in zip(names, sums, strict=True):
             save_sums(own, sums_file(moe, name))
         if merged:  # beside those it was merged with
+            (moe / GATES).mkdir(exist_ok=True)  # a team that has changed has none
             save_file({"gates": gates}, moe / GATES / "fitted.safetensors")
         record["router"] |= fingerprint(moe, ("weights",))  # of the model with these gates
     read = {name: sum(len(part.ids) for part in own) for name, (own, _) in zip(names, text, strict=True)}

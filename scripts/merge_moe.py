@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STEP 2. Merge each role's LoRA into a dense expert and let mergekit assemble the experts into one MoE.
+"""STEP 2. Merge each role's LoRA into a dense expert, and assemble the experts into one MoE.
 
     python scripts/merge_moe.py --run_dir outputs/quickstart
 
@@ -10,23 +10,31 @@ these, and nobody's text is needed.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from finteam_experts import runs
 from finteam_experts.data.tasks import SYSTEM_PROMPT
 from finteam_experts.errors import InputError, check_number, run
+from finteam_experts.families import family_of
 from finteam_experts.files import check_disk_room, file_hash
-from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
-from finteam_experts.merging.adapters import check_adapter, dense_expert
-from finteam_experts.merging.assemble import assemble, check_moe
-from finteam_experts.merging.change import check_expert, check_sums
-from finteam_experts.merging.config import in_run, read_merge_config, roles, trained_roles
-from finteam_experts.merging.gates import GATES, read_gates, write_gates
+from finteam_experts.fingerprints import expert_fingerprint, fingerprint, trunk_fingerprint
+from finteam_experts.merging.config import read_merge_config, roles, trained_roles
+from finteam_experts.merging.gates import GATES
+from finteam_experts.merging.lora import check_adapter, dense_expert
+from finteam_experts.merging.moe import Expert, check_expert, prompt_gates, write_moe
 from finteam_experts.merging.router import FIRST_SCALE
-from finteam_experts.merging.sums import RIDGE, SUMS, load_sums, save_sums, solve_gates, sums_file
+from finteam_experts.merging.sums import (
+    RIDGE,
+    SUMS,
+    check_sums,
+    load_sums,
+    save_sums,
+    solve_gates,
+    sums_file,
+)
 from finteam_experts.models import ADAPTER_FILE, check_base, local_folder, stored_dtype
 from finteam_experts.roles import team_card
 from finteam_experts.weights import size_of
@@ -34,15 +42,17 @@ from finteam_experts.weights import size_of
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
 
 
-def router_from_sums(moe: Path, files: dict[str, Path]) -> None:
-    """Replace the gates of the MoE in `moe` by those that follow from its analysts' sums, and keep these with it."""
-    trunk = trunk_fingerprint(moe)
-    sums = {name: load_sums(path) for name, path in files.items()}
-    like = replace(next(iter(sums.values())), trunk=trunk)
-    for name, own in sums.items():
-        check_sums(own, files[name], like)
-        save_sums(own, sums_file(moe, name))
-    write_gates(moe, FIRST_SCALE * solve_gates(list(sums.values()), RIDGE))
+def check_unchanged(moe: Path) -> None:
+    """Raise `InputError` if the team in `moe` has changed since it was merged: another merge would undo that."""
+    if not (moe / runs.RECORD).is_file():
+        return
+    record = runs.read_record(moe)
+    if record["step"] == "change_team":
+        ((kind, role),) = record["inputs"]["change"].items()
+        raise InputError(
+            f"{moe} was changed after its merge, last by change_team.py {kind} {role}. Merging again would undo that, and delete "
+            f"router sums that can't be made again without their owners' text. If you want that, rename or delete {moe} first."
+        )
 
 
 def main() -> None:
@@ -63,7 +73,14 @@ def main() -> None:
     check_number("--experts_per_token", args.experts_per_token, least=1, most=len(names))
     if args.experts_per_token is not None:
         config = config.model_copy(update={"experts_per_token": args.experts_per_token})
+    target = args.run_dir / "moe"
+    check_unchanged(target)
     base = local_folder(args.base or str(args.run_dir / "base"))
+    if config.dtype == "float16" and stored_dtype(base) is not torch.float16:
+        raise InputError(
+            f"{args.merge_config}: dtype is float16, and the base's is another: rounded twice, experts couldn't be told apart. "
+            "Choose bfloat16 or float32."
+        )
     base_config, known_base = check_base(base), fingerprint(base)
     experts = {role: args.run_dir / "experts" / role for role in trained}
     adapters = {role: args.run_dir / "adapters" / role for role in trained}
@@ -72,25 +89,24 @@ def main() -> None:
         for role in trained
         if experts[role].is_dir() and not adapters[role].exists() and not runs.work_folder(adapters[role]).exists()
     ]
-    trunk = trunk_fingerprint(base) if handed_over else ""
+    trunk = trunk_fingerprint(base) if handed_over or args.from_sums else ""
     for role in trained:
         if role in handed_over:
             check_expert(experts[role], base, trunk)
             print(f"{experts[role]} has no adapter in {args.run_dir}: it is taken as it was handed over")
         else:
-            check_adapter(adapters[role], role, known_base)
-    if not (args.run_dir / "moe").exists():
+            check_adapter(adapters[role], role, base, known_base)
+    if not target.exists():
         missing = [role for role in trained if not experts[role].exists()]
         check_disk_room(args.run_dir, size_of(base) * (len(missing) + len(names)))
 
-    from_adapters = [role for role in trained if role not in handed_over]
+    from_adapters = {role: file_hash(adapters[role] / ADAPTER_FILE) for role in trained if role not in handed_over}
     for role in from_adapters:
         dense_expert(base, known_base, adapters[role], experts[role], overwrite=args.overwrite)
-    target = args.run_dir / "moe"
     inputs = {
         "base": known_base,
         "team": names,
-        "adapters": {role: file_hash(adapters[role] / ADAPTER_FILE) for role in from_adapters},
+        "adapters": from_adapters,
         "merge": config.model_dump(mode="json", exclude_none=True, exclude={"base_model"}),
     }
     if handed_over:
@@ -102,21 +118,31 @@ def main() -> None:
         )
     if brought:
         inputs["sums"] = {name: file_hash(path) for name, path in brought.items()}
-    inputs |= runs.recorded_inputs(target, "tasks")  # earlier versions recorded them; a merge asks no task
     work = runs.begin(target, "merge_moe", inputs, overwrite=args.overwrite)
     if work is None:
         return
 
-    dtype = config.dtype or str(stored_dtype(base)).removeprefix("torch.")
-    config = in_run(config, base, args.run_dir).model_copy(update={"dtype": dtype})
-    assemble(config, base, base_config, work)
-    check_moe(work, base, config)
-    (work / GATES).mkdir(exist_ok=True)
-    save_file({"gates": read_gates(work)}, work / GATES / f"{config.gate_mode}.safetensors")
+    moe_config = family_of(base_config).moe_config(base_config, len(names), config.experts_per_token)
+    moe_config.dtype = getattr(torch, config.dtype) if config.dtype else stored_dtype(base)
+    folders = {name: experts.get(name, base) for name in names}
+    about = {
+        name: {"fingerprint": expert_fingerprint(folder), "adapter": from_adapters.get(name)}
+        for name, folder in folders.items()
+    }
+    router: dict[str, object] = {"kind": config.gate_mode}
+    gates = merged_gates = prompt_gates(config, base)
     if brought:
-        router_from_sums(work, brought)
-    router = {"kind": "sums" if brought else config.gate_mode}
-    runs.finish(target, {"team": team_card(names), "system_prompt": SYSTEM_PROMPT, "router": router})
+        sums = {name: load_sums(path) for name, path in brought.items()}
+        for name, path in brought.items():
+            check_sums(sums[name], path, sums[names[0]], trunk, about[name]["fingerprint"])
+        router = {"kind": "sums", "scale": FIRST_SCALE, "ridge": RIDGE}
+        gates = FIRST_SCALE * solve_gates(list(sums.values()), RIDGE)
+    write_moe(base, [Expert(folder) for folder in folders.values()], gates, moe_config, work)
+    for name in brought:
+        save_sums(sums[name], sums_file(work, name))
+    (work / GATES).mkdir(exist_ok=True)
+    save_file({"gates": merged_gates.contiguous()}, work / GATES / f"{config.gate_mode}.safetensors")
+    runs.finish(target, {"team": team_card(names), "system_prompt": SYSTEM_PROMPT, "experts": about, "router": router})
     used = config.experts_per_token
     print(f"{target}: {len(names)} experts, {used} per token; every tensor checked against its source")
 

@@ -33,8 +33,7 @@ from finteam_experts.evaluation.heldout import heldout_loss
 from finteam_experts.evaluation.routing import measure_routing
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.merging.config import BASE
-from finteam_experts.merging.gates import GATES, get_gates, load_gates, random_gates, set_gates
-from finteam_experts.merging.join import weight_average
+from finteam_experts.merging.gates import GATES, forced_expert, get_gates, load_gates, random_gates, set_gates
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from finteam_experts.screen import screen
 from finteam_experts.training.experts import split_on_cpu
@@ -44,23 +43,35 @@ Losses = dict[str, dict[str, float]]  # by model, then by role
 
 
 def dense_losses(
-    base: Path, experts: dict[str, Path], tokenizer: PreTrainedTokenizerBase, passages: dict, max_tokens: int
+    moe: Path, base: Path, names: list[str], tokenizer: PreTrainedTokenizerBase, passages: dict, max_tokens: int
 ) -> Losses:
-    """Held-out loss of every role for the base, each expert, their weight average, and each role's own expert."""
+    """Held-out loss of every role for the base, each expert of the MoE, their weight average, and each role's own expert.
+
+    Through one expert alone the MoE is that dense expert: all else in it is the trunk's.
+    """
+    device = PartialState().device
 
     def losses(title: str, model: torch.nn.Module) -> dict[str, float]:
         print(f"Held-out loss: {title}")
-        model = model.to(PartialState().device)
         return {role: heldout_loss(model, tokenizer, own, max_tokens=max_tokens) for role, own in passages.items()}
 
-    found = {"base": losses("base", load_model(base))}
-    for name, folder in experts.items():
-        if folder != base:
-            found[f"expert: {name}"] = losses(f"expert {name}", load_model(folder))
-    found[AVERAGE] = losses(AVERAGE, weight_average(list(experts.values())))
-    # through its own expert alone a token sees exactly that dense expert: attention is the base's in both
-    found[ORACLE] = {name: found.get(f"expert: {name}", found["base"])[name] for name in experts}
-    return found
+    found = {"base": losses("base", load_model(base).to(device))}
+    model = load_model(moe).to(device)
+    # of all experts of a layer, which share their memory with the model's once these are split
+    fused = [matrix.data for name, matrix in model.named_parameters() if ".experts." in name]
+    split_on_cpu(model)
+    own = {}
+    for place, name in enumerate(names):
+        with forced_expert(model, place):
+            of_expert = losses(f"expert {name}", model)
+        own[name] = of_expert[name]
+        if name != BASE:
+            found[f"expert: {name}"] = of_expert
+    for matrices in fused:
+        matrices[0] = matrices.mean(0)
+    with forced_expert(model, 0):
+        found[AVERAGE] = losses(AVERAGE, model)
+    return found | {ORACLE: own}
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -158,12 +169,6 @@ def main() -> None:
     team, moe = records["moe"]["team"], folders["moe"]
     names = [member["name"] for member in team]
     base = local_folder(args.base or str(args.run_dir / "base"))
-    experts = {name: base if name == BASE else args.run_dir / "experts" / name for name in names}
-    for name, folder in experts.items():
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder} does not exist. The report compares the team with its dense experts: put that of {name} there."
-            )
     passages = {name: evenly_spread(read_corpus(data, name, heldout=True), args.passages) for name in names}
     talkers = [name for name in names if name in chat_roles(data, heldout=True)]
     chats = {name: evenly_spread(read_chats(data, name, heldout=True), args.chats) for name in talkers}
@@ -175,7 +180,7 @@ def main() -> None:
             asked[task.role] += zip(render_all(task, rows, load_tokenizer(moe)), labels, strict=True)
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
-        "dense": {name: fingerprint(folder) for name, folder in {"base": base, **experts}.items()},
+        "dense": {"base": fingerprint(base)},
         "gates": {file.stem: files.file_hash(file) for file in sorted((moe / GATES).glob("*.safetensors"))},
         "corpora": {name: files.file_hash(corpus_file(data, name, heldout=True)) for name in names},
         "tasks": {name: files.file_hash(task_file(data, name, "test")) for name in tasks},
@@ -184,8 +189,7 @@ def main() -> None:
     }
     if chats:
         inputs["chats"] = {name: files.file_hash(chat_file(data, name, heldout=True)) for name in talkers}
-    work = runs.begin(target, "report_routing", inputs)
-    if work is None:
+    if runs.begin(target, "report_routing", inputs) is None:
         return
 
     tokenizer = load_tokenizer(moe)
@@ -201,10 +205,7 @@ def main() -> None:
     for what, exchanges in talks.items():
         if silent := [name for name, own in zip(names, exchanges, strict=True) if not own]:
             print(f"{data} has no held-out {what} of {', '.join(silent)}: measured on those of the others")
-    part = work / "dense.json"
-    if not part.exists():
-        files.write_json(part, dense_losses(base, experts, tokenizer, passages, args.max_tokens))
-    ladder = files.read_json(part)
+    ladder = dense_losses(moe, base, names, tokenizer, passages, args.max_tokens)
     oracle = ladder.pop(ORACLE)
 
     gates = {}
@@ -217,8 +218,10 @@ def main() -> None:
             # a team that has changed was not merged as it is now, and has no gates of a merge
             merged = records["moe"]["inputs"].get("merge", {}).get("gate_mode")
             routers = {merged: load_gates(moe, merged)} if merged else {}
-            routers["random"] = random_gates(own.shape, seed=0)
-            if records["moe"]["router"]["kind"] != merged:  # fitted to text here, or to the sums that analysts brought
+            routers.setdefault("random", random_gates(own.shape, seed=0))
+            if (
+                records["moe"].get("router", {}).get("kind") != merged
+            ):  # fitted to text here, or to the sums that analysts brought
                 routers["fitted"] = own
         for name, weights in routers.items():
             print(f"Routing: {folder_name}, {name} router")

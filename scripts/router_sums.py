@@ -16,11 +16,12 @@ from finteam_experts.threads import use_available_cores  # before torch
 from accelerate import PartialState
 
 from finteam_experts.data.calibration import CHAT_SHARE, GENERAL_SHARE, general_text, halves, role_text
-from finteam_experts.errors import InputError, check_number, run
-from finteam_experts.fingerprints import fingerprint, trunk_fingerprint
-from finteam_experts.merging.adapters import check_adapter, dense_expert
+from finteam_experts.errors import check_number, run
+from finteam_experts.fingerprints import expert_fingerprint, fingerprint, trunk_fingerprint
+from finteam_experts.merging.lora import check_adapter, dense_expert
+from finteam_experts.merging.moe import check_expert
 from finteam_experts.merging.sums import FEWEST_TOKENS, SUMS, TOKENS_PER_ROLE, compute_sums, mean_of, save_sums
-from finteam_experts.models import as_chats, check_base, load_model, load_tokenizer, local_folder, reading_dtype
+from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder, reading_dtype
 
 
 def main() -> None:
@@ -43,11 +44,10 @@ def main() -> None:
     base = local_folder(args.base or str(args.run_dir / "trunk"))
     if adapter.is_dir() or not expert.is_dir():
         known_base = fingerprint(base)
-        check_adapter(adapter, args.role, known_base)
+        check_adapter(adapter, args.role, base, known_base)
         dense_expert(base, known_base, adapter, expert)
-    check_base(expert)
-    if (trunk := trunk_fingerprint(expert)) != trunk_fingerprint(base):
-        raise InputError(f"{expert} did not branch off from {base}: name its trunk with --base.")
+    check_expert(expert, base, trunk := trunk_fingerprint(base))
+    belongs_to = expert_fingerprint(expert)
     form = as_chats(load_tokenizer(expert), expert)
     own, _ = role_text(data, args.role, form, args.tokens_per_role, args.seed, args.chat_share)
     general = general_text(data, form, round(GENERAL_SHARE * args.tokens_per_role))
@@ -56,7 +56,9 @@ def main() -> None:
     dtype = reading_dtype(device)
     sums = mean_of(
         *(
-            compute_sums(load_model(folder, dtype).to(device), form.tokenizer, *text, trunk=trunk)
+            compute_sums(
+                load_model(folder, dtype).to(device), form.tokenizer, *text, trunk=trunk, belongs_to=belongs_to
+            )
             for folder, *text in parts
         )
     )

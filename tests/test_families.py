@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,13 +17,14 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from conftest import ROLES, call, fit_router, instruct_tune, train_expert
+from conftest import ROLES, call, fit_router, instruct_tune, saved_again, train_expert
 from finteam_experts import families
 from finteam_experts.errors import InputError
 from finteam_experts.families import FAMILIES, OTHERS, check_config, family_of
+from finteam_experts.fingerprints import expert_fingerprint
 from finteam_experts.merging.gates import read_gates
-from finteam_experts.merging.layout import save_model
 from finteam_experts.models import load_model, parameter_counts
 
 BASES = {
@@ -64,8 +66,7 @@ def test_the_tuning_reached_attention_and_every_expert(qwen3_run):
 
 
 def test_it_is_saved_as_it_was_loaded(qwen3_run, tmp_path):
-    model, tokens = load_model(qwen3_run / "moe-instruct"), torch.arange(5, 60)[None]
-    save_model(model, qwen3_run / "moe-instruct", tmp_path)
+    model, tokens = saved_again(qwen3_run / "moe-instruct", tmp_path), torch.arange(5, 60)[None]
     assert (
         load_file(tmp_path / "model.safetensors").keys()
         == load_file(qwen3_run / "moe-instruct/model.safetensors").keys()
@@ -102,8 +103,25 @@ class MadeUpConfig(Qwen3Config):
     auto_map = {}  # TRL asks for it
 
 
+class MadeUpLayer(Qwen3DecoderLayer):
+    """One whose MLP has another name."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.feed_forward = self._modules.pop("mlp")
+
+    @property
+    def mlp(self):
+        return self.feed_forward
+
+
 class MadeUpForCausalLM(Qwen3ForCausalLM):
     config_class = MadeUpConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers = nn.ModuleList([MadeUpLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.post_init()
 
 
 def test_another_kind_of_base_needs_nothing_but_its_entry(make_base, toy_data, tmp_path, monkeypatch):
@@ -115,7 +133,9 @@ def test_another_kind_of_base_needs_nothing_but_its_entry(make_base, toy_data, t
     with pytest.raises(InputError, match="'made_up'. A team can't be built from it. Choose a Llama, Mistral or Qwen3"):
         train_expert(run, "macro")
     monkeypatch.setattr(
-        families, "FAMILIES", [*FAMILIES, replace(family_of("qwen3"), dense_types={"made_up": "Made-up"})]
+        families,
+        "FAMILIES",
+        [*FAMILIES, replace(family_of("qwen3"), dense_types={"made_up": "Made-up"}, mlp="feed_forward")],
     )
     for role in ROLES:
         train_expert(run, role)
@@ -123,6 +143,14 @@ def test_another_kind_of_base_needs_nothing_but_its_entry(make_base, toy_data, t
     fit_router(run)
     instruct_tune(run, "moe")
     assert load_model(run / "moe-instruct").config.num_local_experts == 3
+    call("scripts/report_routing.py", "--run_dir", run)
+    call(
+        "scripts/router_sums.py", "--run_dir", run, "--base", run / "base", "--role", "macro", "--tokens_per_role", 600
+    )
+    call(
+        "scripts/change_team.py", "replace", "micro", "--run_dir", run, "--expert", run / "experts/macro", "--limit", 4
+    )
+    assert expert_fingerprint(run / "moe-replace-micro", 1) == expert_fingerprint(run / "experts/macro")
 
 
 @pytest.mark.parametrize("kind", sorted(OTHERS))
@@ -136,7 +164,9 @@ def test_other_families_are_refused_with_the_reason(kind):
 
 def test_what_the_moe_has_no_place_for_is_refused():
     sliding = Qwen3Config(use_sliding_window=True, sliding_window=64, max_window_layers=1)
-    with pytest.raises(InputError, match="base/config.json: use_sliding_window is true for some layers"):
+    with pytest.raises(
+        InputError, match="base/config.json: use_sliding_window or layer_types give some layers a window"
+    ):
         check_config(sliding, "base")
     with pytest.raises(InputError, match="attention_bias is true"):
         check_config(Qwen3Config(attention_bias=True), "base")

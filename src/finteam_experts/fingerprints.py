@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,22 +38,39 @@ def trunk_fingerprint(folder: Path) -> str:
 
     It is the same for a trunk, for the dense experts that branched off from it, and for the MoE that was merged from them.
     """
-    digest = hashlib.sha256()
     with StoredTensors(folder) as stored:
-        blocks = (".mlp.", f".{family_in(folder).block}.")
-        shared = {name for name in stored if not any(block in name for block in blocks)}
+        shared = set(filter(family_in(folder).in_trunk, stored))
         if read_json(folder / "config.json").get("tie_word_embeddings"):
             shared.discard("lm_head.weight")  # some writers store it a second time
-        for name in sorted(shared):
-            digest.update(name.encode())
-            digest.update(stored[name].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        return _digest_in_bf16((name, stored[name]) for name in sorted(shared))
+
+
+def expert_fingerprint(folder: Path, place: int | None = None) -> str:
+    """16 hex digits of an expert's matrices in bfloat16: of the dense model in `folder`, or of that place of the MoE.
+
+    It is the same for a dense expert and for its place in an MoE.
+    """
+    family, layers = family_in(folder), read_json(folder / "config.json")["num_hidden_layers"]
+    with StoredTensors(folder) as stored:
+        return _digest_in_bf16(
+            (f"{layer}.{matrix}", stored[name])
+            for layer in range(layers)
+            for matrix, name in enumerate(family.expert_tensors(layer, place))
+        )
 
 
 def is_model(folder: Path, recorded: object) -> bool:
     """Whether the model in `folder` has the fingerprint that a record holds, in the parts that it holds."""
     known = isinstance(recorded, dict) and recorded.keys() <= set(PARTS)
     return known and fingerprint(folder, recorded) == recorded
+
+
+def _digest_in_bf16(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _digest(files: dict[str, Path], text: str) -> str:

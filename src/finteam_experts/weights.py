@@ -15,13 +15,14 @@ import torch
 from mergekit.io import TensorWriter
 from safetensors import SafetensorError, safe_open
 
-from finteam_experts.errors import InputError
+from finteam_experts.errors import InputError, NotFiniteError
 from finteam_experts.files import read_json
 
-SHARD_BYTES = 10**9  # the writer holds one shard in memory
+SHARD_BYTES = 2**29  # the writer holds one shard in memory
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _COMPUTED = "rotary_emb.inv_freq"  # stored in Llama 2's time; models compute it, and transformers ignores it
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")  # that can be trained and merged
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -89,16 +90,30 @@ class StoredTensors(AbstractContextManager):
         """The most frequent floating-point type; `InputError` if none of the types can be trained and merged."""
         found = Counter(self._file_of[name].get_slice(name).get_dtype() for name in self)
         for name, _ in found.most_common():
-            if name in _DTYPES:
-                return _DTYPES[name]
+            if name in _STORED:
+                return _STORED[name]
         raise InputError(
-            f"{self._files[0].parent}: its weights are of the types {', '.join(found)}; only {', '.join(_DTYPES)} can be "
+            f"{self._files[0].parent}: its weights are of the types {', '.join(found)}; only {', '.join(DTYPES)} can be "
             "trained and merged. Choose weights that are not quantised."
         )
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
+    """The tensor in that type; `NotFiniteError` if it is not finite before or after that. `what` names it."""
+    found = tensor.to(dtype)
+    if not tensor.isfinite().all():
+        raise NotFiniteError(f"{what} is not finite. Choose another model, or train it again.")
+    if not found.isfinite().all():
+        largest, name = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
+        raise NotFiniteError(
+            f"{what} has values up to {largest:.3g}, and {name} ends at {torch.finfo(dtype).max:.3g}. Merge in bfloat16 or "
+            "float32: the dtype of the base's config.json or, for an MoE, of moe_merge.yaml."
+        )
+    return found
+
+
 def new_writer(folder: Path) -> TensorWriter:
-    """mergekit's writer of shards and their index into `folder`, without what an interrupted one left there."""
+    """mergekit's writer of shards and their index into `folder`, from which what an interrupted one left is deleted."""
     for leftover in folder.glob("model*.safetensors*"):
         leftover.unlink()
     return TensorWriter(str(folder), max_shard_size=SHARD_BYTES)

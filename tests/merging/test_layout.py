@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import call
+from conftest import call, saved_again
 from finteam_experts.errors import InputError
-from finteam_experts.merging.layout import save_model
 from finteam_experts.models import COMPANION_FILES, load_model
 
 EXPERT = re.compile(r"model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.(w[123])\.weight")
@@ -31,8 +30,7 @@ def names(folder):
 
 
 def test_an_moe_that_is_loaded_and_saved_keeps_its_layout(done_run, tmp_path):
-    model, tokens = load_model(done_run / "moe"), torch.arange(5, 60)[None]
-    save_model(model, done_run / "moe", tmp_path)
+    model, tokens = saved_again(done_run / "moe", tmp_path), torch.arange(5, 60)[None]
     assert sorted(names(tmp_path)) == sorted(names(done_run / "moe"))
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path)(tokens).logits, model(tokens).logits)
@@ -73,7 +71,7 @@ def test_scaled_rope_is_there_for_both_generations(tmp_path, make_base):
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 128}  # fmt: skip
     base = make_base(rope_parameters=rope)
-    save_model(load_model(base), base, tmp_path / "release")
+    saved_again(base, tmp_path / "release")
     config = json.loads((tmp_path / "release/config.json").read_text())
     assert config["rope_theta"] == 500000.0
     assert config["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}

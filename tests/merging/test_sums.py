@@ -36,7 +36,7 @@ def sums_of(x: torch.Tensor, general: torch.Tensor | None = None) -> RouterSums:
     inputs = x.T @ x / len(x)
     if general is not None:
         inputs = inputs + GENERAL_WEIGHT * general.T @ general / len(general)
-    return RouterSums(inputs[None], x.mean(0)[None], len(x), "trunk")
+    return RouterSums(inputs[None], x.mean(0)[None], len(x), "trunk", "expert")
 
 
 def test_gates_are_ridge_regression_with_analysts_that_count_alike():
@@ -68,8 +68,8 @@ def test_the_dense_expert_has_the_sums_of_its_place_in_the_team(done_run):
         own, _ = role_text(done_run / "data", role, form, 600, seed=0)
         expert = done_run / "experts" / role
         assert trunk_fingerprint(expert) == trunk_fingerprint(moe) == trunk_fingerprint(done_run / "base")
-        alone = compute_sums(load_model(expert), form.tokenizer, own, general, trunk="")
-        inside = compute_sums(load_model(moe), form.tokenizer, own, general, trunk="", expert=place)
+        alone = compute_sums(load_model(expert), form.tokenizer, own, general, trunk="", belongs_to="")
+        inside = compute_sums(load_model(moe), form.tokenizer, own, general, trunk="", belongs_to="", expert=place)
         assert alone.tokens == inside.tokens == sum(sum(part.telling) for part in own)
         torch.testing.assert_close(alone.inputs, inside.inputs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone.targets, inside.targets, rtol=1e-4, atol=1e-5)
@@ -80,7 +80,7 @@ def test_what_is_read_in_bf16_is_summed_in_fp32(done_run):
     text, _ = role_text(done_run / "data", "micro", form, 600, seed=0)
     model, seen = load_model(done_run / "experts/micro"), []
     with torch.autocast("cpu", torch.bfloat16):
-        sums = compute_sums(model, form.tokenizer, text, trunk="")
+        sums = compute_sums(model, form.tokenizer, text, trunk="", belongs_to="")
         gate_inputs(
             model, form.tokenizer, text, lambda layer, x, rows: seen.append((layer, x, rows)), expert=None, title=""
         )
@@ -121,7 +121,8 @@ def test_an_owner_sends_half_of_its_text_through_its_expert_and_half_through_the
     halved = zip((expert, run / "base"), halves(own), halves(general), strict=True)
     dtype = reading_dtype(torch.device("cpu"))
     alone, trunk = (
-        compute_sums(load_model(folder, dtype), form.tokenizer, *text, trunk="") for folder, *text in halved
+        compute_sums(load_model(folder, dtype), form.tokenizer, *text, trunk="", belongs_to="")
+        for folder, *text in halved
     )
     found = load_sums(expert / "router_sums.safetensors")
     torch.testing.assert_close(found.inputs, (alone.inputs + trunk.inputs) / 2)
@@ -132,7 +133,10 @@ def test_an_owner_sends_half_of_its_text_through_its_expert_and_half_through_the
     embeddings = load_file(run / "other/model.safetensors")
     embeddings["model.embed_tokens.weight"] += 1
     save_file(embeddings, run / "other/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"experts/micro did not branch off from .*other: name its trunk with --base"):
+    with pytest.raises(
+        InputError,
+        match=r"experts/micro has other attention, norms or embeddings than .*other. It was .* Name its trunk",
+    ):
         call("scripts/router_sums.py", *where, "--base", run / "other")
 
 
@@ -152,10 +156,12 @@ def test_general_text_counts_for_every_analyst_in_both_passes(done_run):
         excerpt(form.tokenizer.encode(passage)) for passage in ("Bread keeps for a day.", "Cats sleep all day.")
     ]
     # leaves the gates of the second pass in the model
-    found = team_sums(model, form.tokenizer, text, general, 0.01, trunk="")
+    found = team_sums(model, form.tokenizer, text, general, 0.01, trunk="", experts=list(ROLES))
     for place, own in enumerate(text):
         parts = zip(halves(own), halves(general), (place, None), strict=True)
-        through = [compute_sums(model, form.tokenizer, *part, trunk="", expert=to) for *part, to in parts]
+        through = [
+            compute_sums(model, form.tokenizer, *part, trunk="", belongs_to="", expert=to) for *part, to in parts
+        ]
         torch.testing.assert_close(found[place].inputs, mean_of(*through).inputs)
         torch.testing.assert_close(found[place].targets, mean_of(*through).targets)
 
@@ -166,7 +172,7 @@ def test_sums_are_what_was_saved(tmp_path):
     found = load_sums(tmp_path / "own.safetensors")
     assert torch.equal(found.inputs, (own.inputs.triu() + own.inputs.triu(1).mT))
     assert torch.equal(found.targets, own.targets)
-    assert (found.tokens, found.trunk) == (90, "trunk")
+    assert (found.tokens, found.trunk, found.expert) == (90, "trunk", "expert")
     assert load_file(tmp_path / "own.safetensors")["inputs"].shape == (1, 78)  # half of 12 x 12
 
 
@@ -175,17 +181,18 @@ def test_sums_that_are_none_are_refused(tmp_path):
     save_file({"inputs": torch.ones(1, 78)}, path)
     with pytest.raises(InputError, match="has no router sums"):
         load_sums(path)
-    save_file(
-        {"inputs": torch.ones(1, 78), "targets": torch.ones(1, 12)}, path, metadata={"tokens": "90", "trunk": "trunk"}
-    )
-    with pytest.raises(InputError, match="is of an earlier version, which counted every token alike"):
+    sums = {"inputs": torch.ones(1, 78), "targets": torch.ones(1, 12)}
+    save_file(sums, path, metadata={"tokens": "90", "trunk": "trunk"})
+    with pytest.raises(InputError, match="doesn't say which expert and how many tokens its sums are of"):
         load_sums(path)
     save_sums(replace(own, targets=torch.ones(2, 12)), path)
-    with pytest.raises(InputError, match=r"inputs \[1, 78\] and targets \[2, 12\] do not belong together"):
+    with pytest.raises(
+        InputError, match=r"do not belong together: torch.Size\(\[1, 78\]\) and torch.Size\(\[2, 12\]\)"
+    ):
         load_sums(path)
-    about = {"tokens": "90", "trunk": "trunk", "counted": "texts"}
+    about = {"tokens": "90", "trunk": "trunk", "expert": "expert"}
     save_file({"inputs": torch.ones(78), "targets": torch.ones(12)}, path, metadata=about)
-    with pytest.raises(InputError, match=r"inputs \[78\] and targets \[12\] do not belong together"):
+    with pytest.raises(InputError, match=r"do not belong together: torch.Size\(\[78\]\) and torch.Size\(\[12\]\)"):
         load_sums(path)
     save_sums(replace(own, inputs=own.inputs * float("nan")), path)
     with pytest.raises(InputError, match="sums that are not finite"):
@@ -200,7 +207,7 @@ def test_hidden_states_that_are_not_finite_are_refused(done_run):
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[0] = float("nan")
     with pytest.raises(InputError, match="gate of layer 1 reads are not finite"):
-        compute_sums(model, form.tokenizer, [excerpt([1, 2, 3])], trunk="")
+        compute_sums(model, form.tokenizer, [excerpt([1, 2, 3])], trunk="", belongs_to="")
 
 
 def test_a_team_of_analysts_who_bring_their_sums_needs_no_text(copied_run, capsys):

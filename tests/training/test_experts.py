@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from conftest import REPOSITORY, SHORT, call
-from finteam_experts.families import family_of
-from finteam_experts.merging.layout import on_disk
+from conftest import REPOSITORY, SHORT, call, on_disk
 from finteam_experts.models import load_model
 from finteam_experts.runs import read_record
 from finteam_experts.training.experts import split_experts
@@ -50,6 +49,24 @@ def test_same_gradients(models):
         torch.testing.assert_close(ours.mlp.gate.weight.grad, theirs.mlp.gate.weight.grad, **CLOSE)
 
 
+def test_splitting_one_model_leaves_others_alone(qwen3_run):
+    """PEFT converts a LoRA of a Qwen3-MoE's gate_proj to one of the fused tensors; of a split model it may not."""
+    mlp, found = ["gate_proj", "up_proj", "down_proj"], []
+    for split in (False, True, False, True):
+        model = load_model(qwen3_run / "moe")
+        if split:
+            split_experts(model)
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", *mlp]))
+        found.append(adapted.get_nb_trainable_parameters()[0])
+        assert model.config.to_dict()["model_type"] == "qwen3_moe"
+    layers, experts, rank, hidden, inner = 2, 3, 4, 32, 48
+    attention = rank * (hidden + 4 * 8)
+    linear = layers * (attention + experts * 3 * rank * (hidden + inner))
+    # of the fused gate_up_proj, one LoRA of twice the rank
+    fused = layers * (attention + experts * (2 * rank * (hidden + 2 * inner) + rank * (hidden + inner)))
+    assert found == [fused, linear, fused, linear]
+
+
 def test_splitting_takes_no_memory(done_run):
     model = load_model(done_run / "moe")
     fused = model.model.layers[1].mlp.experts.gate_up_proj
@@ -59,7 +76,7 @@ def test_splitting_takes_no_memory(done_run):
 
 
 def test_released_under_the_same_names_as_fused_experts(models):
-    fused, split = (on_disk(model.state_dict(), family_of("mixtral")) for model in models)
+    fused, split = (on_disk(model.state_dict(), "mixtral") for model in models)
     assert fused.keys() == split.keys()
     assert all(torch.equal(fused[name], split[name]) for name in fused)
 

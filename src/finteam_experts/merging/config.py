@@ -8,7 +8,6 @@ import re
 import sys
 from pathlib import Path
 
-from mergekit.common import ModelPath, ModelReference
 from mergekit.moe.config import Expert, MoEMergeConfig
 from pydantic import ValidationError
 
@@ -16,11 +15,11 @@ from finteam_experts.data.conversations import GENERAL
 from finteam_experts.data.files import corpus_file
 from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.files import read_yaml
+from finteam_experts.weights import DTYPES
 
 SHARED = "shared"  # not a role: the trunk that is trained on the corpora of all roles
 BASE = "base"  # the run folder's dense base
 NO_ROLES = {SHARED: "that is the trunk", GENERAL: f"chats/{GENERAL}.jsonl is of no analyst"}
-DTYPES = ("float32", "bfloat16", "float16")
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 # mergekit's keys that are refused, and why
 UNUSED = {
@@ -96,23 +95,6 @@ def roles_to_train(role: str | None, path: Path, data_dir: Path) -> list[str]:
         raise InputError(f"unknown role '{role}': {where}.{nearest(role or '', known)}")
     check_name(role, "--role")
     return [role]
-
-
-def in_run(config: MoEMergeConfig, base: Path, run_dir: Path) -> MoEMergeConfig:
-    """The same merge with the base and the run's own expert folders as absolute paths, as mergekit needs them.
-
-    A generalist's folder is the base's.
-    """
-
-    def reference(folder: Path) -> ModelReference:
-        return ModelReference(model=ModelPath(path=str(folder.absolute())))
-
-    trained = trained_roles(config)
-    experts = [
-        expert.model_copy(update={"source_model": reference(run_dir / "experts" / role if role in trained else base)})
-        for role, expert in zip(roles(config), config.experts, strict=True)
-    ]
-    return config.model_copy(update={"base_model": reference(base), "experts": experts})
 
 
 def _check_keys(path: Path, content: object, model: type, prefix: str) -> None:

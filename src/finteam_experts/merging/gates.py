@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finteam_experts.errors import InputError
-from finteam_experts.families import family_in
-from finteam_experts.weights import StoredTensors, weight_files
+from finteam_experts.families import family_in, family_of, is_moe
+from finteam_experts.files import read_json
+from finteam_experts.weights import StoredTensors, cast, weight_files
 
 GATES = "gates"  # a folder of the MoE: the gates it was merged with, and those that were fitted
 
 
 def gate_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The gate of every layer of an MoE, first to last."""
-    return [layer.mlp.gate for layer in model.model.layers]
+    name = family_of(model.config).moe_block
+    return [getattr(layer, name).gate for layer in model.model.layers]
 
 
 def get_gates(model: torch.nn.Module) -> torch.Tensor:
@@ -37,9 +39,8 @@ def set_gates(model: torch.nn.Module, gates: torch.Tensor) -> None:
 
 def read_gates(folder: Path) -> torch.Tensor:
     """All gates of the MoE in `folder`, in fp32."""
-    family = family_in(folder)
+    family, layers = family_in(folder), read_json(folder / "config.json")["num_hidden_layers"]
     with StoredTensors(folder) as stored:
-        layers = sum(name.endswith(".gate.weight") for name in stored)
         return torch.stack([stored[family.gate_tensor(layer)] for layer in range(layers)]).float()
 
 
@@ -58,7 +59,7 @@ def write_gates(folder: Path, gates: torch.Tensor) -> None:
     for file in weight_files(folder):
         tensors = load_file(file)
         if found := own.keys() & tensors.keys():
-            tensors |= {name: own[name].to(tensors[name].dtype).contiguous() for name in found}
+            tensors |= {name: cast(own[name], tensors[name].dtype, f"{folder}: {name}").contiguous() for name in found}
             partial = file.with_suffix(".partial")
             save_file(tensors, partial, metadata={"format": "pt"})
             partial.replace(file)
@@ -90,10 +91,12 @@ def watched_mlps(model: torch.nn.Module, see: Callable[[int, torch.Tensor], None
     In an MoE that is what its gate reads; in a dense expert, what the gate would read.
     """
     with contextlib.ExitStack() as stack:
+        family = family_of(model.config)
+        name = family.moe_block if is_moe(model.config) else family.mlp
         for layer, block in enumerate(model.model.layers):
 
             def before(module, inputs, layer=layer):
                 see(layer, inputs[0].flatten(0, -2))
 
-            stack.callback(block.mlp.register_forward_pre_hook(before).remove)
+            stack.callback(getattr(block, name).register_forward_pre_hook(before).remove)
         yield

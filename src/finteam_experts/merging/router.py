@@ -57,22 +57,27 @@ def team_sums(
     ridge: float,
     *,
     trunk: str,
+    experts: list[str],
 ) -> list[RouterSums]:
     """The sums of each expert's `text` in an MoE: of one half through the expert itself, of the other as gates fitted to the first
     route it.
 
-    The second half shows the gates what becomes of tokens that they send elsewhere, as dataset aggregation does for a policy
+    `trunk` and `experts` are the fingerprints that the sums are to name. The second half shows the gates what becomes of tokens that they send elsewhere, as dataset aggregation does for a policy
     (Ross et al. 2011, arXiv:1011.0686). Leaves those first gates in `model`.
     """
     first, second = zip(*map(halves, text), strict=True)
     alone, together = halves(general)
     own = [
-        compute_sums(model, tokenizer, texts, alone, trunk=trunk, expert=place) for place, texts in enumerate(first)
+        compute_sums(model, tokenizer, texts, alone, trunk=trunk, belongs_to=experts[place], expert=place)
+        for place, texts in enumerate(first)
     ]
     set_gates(model, FIRST_SCALE * solve_gates(own, ridge))
-    routed = [compute_sums(model, tokenizer, texts, trunk=trunk) for texts in second]
+    routed = [
+        compute_sums(model, tokenizer, texts, trunk=trunk, belongs_to=of)
+        for texts, of in zip(second, experts, strict=True)
+    ]
     if general:  # its route is the same for every analyst's sums
-        nobodys = GENERAL_WEIGHT * compute_sums(model, tokenizer, together, trunk=trunk).inputs
+        nobodys = GENERAL_WEIGHT * compute_sums(model, tokenizer, together, trunk=trunk, belongs_to="").inputs
         routed = [replace(sums, inputs=sums.inputs + nobodys) for sums in routed]
     return [mean_of(*parts) for parts in zip(own, routed, strict=True)]
 

@@ -33,7 +33,6 @@ TOKENS_PER_ROLE = 24000
 FEWEST_TOKENS = 256  # a gate has more unknowns
 RIDGE = 0.01  # the penalty, as a share of the mean diagonal of X'X
 GENERAL_WEIGHT = 0.1  # of general text beside the analyst's own
-COUNTED = "texts"  # what counts alike; files from when tokens did don't say
 
 
 @dataclass
@@ -49,20 +48,26 @@ class RouterSums:
     targets: torch.Tensor  # X'Y [layers, hidden]: of the analyst's own text alone
     tokens: int  # of the analyst's own text
     trunk: str  # `trunk_fingerprint` of the model that they were computed with
+    expert: str  # `expert_fingerprint` of the expert that they belong to
 
 
 def solve_gates(team: list[RouterSums], ridge: float) -> torch.Tensor:
     """The gates, fp32 [layers, experts, hidden], by ridge regression of one-hot experts on gate inputs, without a bias.
 
     `ridge` is the penalty as a share of the mean diagonal of X'X. Computed in fp64, so that the order of the analysts does not
-    matter.
+    matter. Raises `InputError` if that has no solution.
     """
     gates = []
     for layer in range(len(team[0].inputs)):  # one by one: a batched solve fails on some CPUs
         xx = sum(own.inputs[layer].double() for own in team)
         xy = torch.stack([own.targets[layer].double() for own in team], dim=1)
         penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        gates.append(torch.cholesky_solve(xy, torch.linalg.cholesky(xx + penalty)).T.float())
+        factor, failed = torch.linalg.cholesky_ex(xx + penalty)
+        if failed:
+            raise InputError(
+                f"the router of layer {layer} can't be computed from these sums with a penalty of {ridge:g}: pass a larger --ridge."
+            )
+        gates.append(torch.cholesky_solve(xy, factor).T.float())
     return torch.stack(gates)
 
 
@@ -79,11 +84,12 @@ def compute_sums(
     general: Sequence[Excerpt] = (),
     *,
     trunk: str,
+    belongs_to: str,
     expert: int | None = None,
 ) -> RouterSums:
     """The sums of an analyst's `own` text, and of `general` text that no analyst is to get for itself.
 
-    `model` is dense, or an MoE in which every token goes through `expert` alone or, with `None`, where the gates send it. Tokens
+    `trunk` and `belongs_to` are the fingerprints of the trunk and of the expert that the sums belong to. `model` is dense, or an MoE in which every token goes through `expert` alone or, with `None`, where the gates send it. Tokens
     that don't tell whose they are stay out; so do first tokens, attention sinks with norms a hundred times the others'. Raises
     `InputError` if a hidden state is not finite.
     """
@@ -109,7 +115,7 @@ def compute_sums(
     # rounding may differ above and below the diagonal, and a file has one of them
     inputs = inputs.triu() + inputs.triu(1).mT
     tokens = sum(sum(excerpt.telling) for excerpt in own)
-    return RouterSums(inputs.cpu(), targets.cpu(), tokens, trunk)
+    return RouterSums(inputs.cpu(), targets.cpu(), tokens, trunk, belongs_to)
 
 
 @torch.no_grad()
@@ -157,29 +163,62 @@ def save_sums(sums: RouterSums, path: Path) -> None:
     tensors = {"inputs": sums.inputs[:, rows, columns].contiguous(), "targets": sums.targets}
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"tokens": str(sums.tokens), "trunk": sums.trunk, "counted": COUNTED})
+    save_file(tensors, partial, metadata={"tokens": str(sums.tokens), "trunk": sums.trunk, "expert": sums.expert})
     partial.replace(path)
 
 
 def load_sums(path: Path) -> RouterSums:
-    """Read what `save_sums` wrote; `InputError` if the file is something else or older, or has figures that are not finite."""
+    """Read what `save_sums` wrote; `InputError` if the file is something else, or has figures that no text can give."""
     with open_tensors(path) as stored:
-        about, names = stored.metadata() or {}, set(stored.keys())
-        if names != {"inputs", "targets"} or not {"tokens", "trunk"} <= about.keys():
-            raise InputError(f"{path} has no router sums. scripts/router_sums.py writes them.")
-        if about.get("counted") != COUNTED:
-            raise InputError(
-                f"{path} is of an earlier version, which counted every token alike, and today's sums count every text alike. "
-                "Compute it again: scripts/router_sums.py, or scripts/fit_router.py --overwrite for a whole team."
-            )
-        triangles, targets = stored.get_tensor("inputs"), stored.get_tensor("targets")
+        about, tensors = stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+
+    def check(holds: bool, found: str) -> None:
+        if not holds:
+            raise InputError(f"{path} {found}. Compute the sums again: scripts/router_sums.py")
+
+    check(tensors.keys() == {"inputs", "targets"} and {"tokens", "trunk"} <= about.keys(), "has no router sums")
+    check(
+        "expert" in about and about["tokens"].isdecimal(),
+        "doesn't say which expert and how many tokens its sums are of",
+    )
+    triangles, targets = tensors["inputs"], tensors["targets"]
+    shapes, types = ([str(getattr(t, key)) for t in (triangles, targets)] for key in ("shape", "dtype"))
     hidden = targets.shape[-1] if targets.dim() == 2 else 0
-    if not hidden or list(triangles.shape) != [len(targets), hidden * (hidden + 1) // 2]:
-        found = f"inputs {list(triangles.shape)} and targets {list(targets.shape)} do not belong together"
-        raise InputError(f"{path}: {found}. Compute the sums again: scripts/router_sums.py")
-    if not triangles.isfinite().all() or not targets.isfinite().all():
-        raise InputError(f"{path} has sums that are not finite. Compute them again: scripts/router_sums.py")
+    fits = hidden and list(triangles.shape) == [len(targets), hidden * (hidden + 1) // 2]
+    check(bool(fits), f"has inputs and targets that do not belong together: {' and '.join(shapes)}")
+    check(set(types) == {"torch.float32"}, f"has sums in {' and '.join(types)}, which have to be torch.float32")
+    check(bool(triangles.isfinite().all() and targets.isfinite().all()), "has sums that are not finite")
     rows, columns = torch.triu_indices(hidden, hidden)
     inputs = torch.empty(len(targets), hidden, hidden)
     inputs[:, rows, columns] = inputs[:, columns, rows] = triangles
-    return RouterSums(inputs, targets, int(about["tokens"]), about["trunk"])
+    for layer, (xx, xy) in enumerate(zip(inputs.double(), targets.double(), strict=True)):
+        # of any text, X'X less the product of the mean with itself is positive semidefinite
+        spread = xx.diagonal().mean()
+        _, failed = torch.linalg.cholesky_ex(xx - xy.outer(xy) + RIDGE * spread * torch.eye(hidden, dtype=xx.dtype))
+        definite = not failed and spread > 0 and bool(xy.any())
+        check(definite, f"has sums of layer {layer} that are not those of any text (not positive definite)")
+    return RouterSums(inputs, targets, int(about["tokens"]), about["trunk"], about["expert"])
+
+
+def check_sums(sums: RouterSums, source: Path, like: RouterSums, trunk: str, expert: str | None) -> None:
+    """Raise `InputError` unless the sums in `source` have the layers of `like`, and are of that trunk and of that expert, by
+    their fingerprints.
+
+    `None` is any expert: those of a team that was tuned as a whole are not the ones that its sums were computed with.
+    """
+    if sums.targets.shape != like.targets.shape:
+        (layers, hidden), (own_layers, own_hidden) = like.targets.shape, sums.targets.shape
+        raise InputError(
+            f"{source} has sums of {own_layers} layers of {own_hidden}, and the team has {layers} layers of {hidden}. They are of "
+            "another model. Compute them again: scripts/router_sums.py"
+        )
+    if sums.trunk != trunk:
+        raise InputError(
+            f"{source} was computed with a model of another trunk ({sums.trunk}; the team's is {trunk}). Compute the sums "
+            "again with this expert: scripts/router_sums.py"
+        )
+    if expert not in (None, sums.expert):
+        raise InputError(
+            f"{source} has the sums of another expert ({sums.expert}; this one is {expert}): of another role, or of an earlier "
+            "training. Compute the sums again with this expert: scripts/router_sums.py"
+        )

@@ -9,40 +9,31 @@ take a LoRA as it is meant: the forward pass adds a small product, and no gradie
 from collections.abc import Collection
 
 import torch
-from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import PretrainedConfig
 
-from finteam_experts.families import is_moe
-from finteam_experts.models import MLP_MODULES
+from finteam_experts.families import family_of, is_moe
 
 # Tokens of an expert are padded to a multiple of this. A CPU compiles a kernel for every new shape in bfloat16, and the
 # router gives each expert of each layer another number of tokens at every step: a third of the time went into that.
 ROWS = 32
 
-# PEFT takes the LoRA of a Qwen3-MoE's gate_proj for one of a part of transformers' fused tensor, which it is not once the experts
-# are split: it has to leave the names of such models alone.
-_SPLIT_TYPES: set[str] = set()
-_conversion_of = transformers_weight_conversion.get_checkpoint_conversion_mapping
-transformers_weight_conversion.get_checkpoint_conversion_mapping = lambda kind: (
-    None if kind in _SPLIT_TYPES else _conversion_of(kind)
-)
-
 
 def adapts_linear_experts(config: PretrainedConfig, target_modules: Collection[str] | None) -> bool:
     """Whether a LoRA on modules of these names is meant for an MoE's experts as linear layers."""
-    return is_moe(config) and not set(MLP_MODULES).isdisjoint(target_modules or ())
+    return is_moe(config) and not family_of(config).matrices.keys().isdisjoint(target_modules or ())
 
 
 class SplitExperts(nn.Module):
     """The experts of one layer, with the interface of the fused module, whose memory they share."""
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: nn.Module, names: Collection[str]) -> None:
         super().__init__()
         self.act_fn = fused.act_fn
+        self.gate, self.up, self.down = names
         self.experts = nn.ModuleList()
         for gate_up, down in zip(fused.gate_up_proj.data, fused.down_proj.data, strict=True):
-            weights = zip(MLP_MODULES, (*gate_up.chunk(2), down), strict=True)
+            weights = zip(names, (*gate_up.chunk(2), down), strict=True)
             self.experts.append(nn.ModuleDict({name: _linear(weight) for name, weight in weights}))
 
     def forward(
@@ -69,7 +60,7 @@ class SplitExperts(nn.Module):
         return mixed.index_add(0, index, outputs.to(mixed.dtype) * torch.cat(gates)[:, None].to(mixed.dtype))
 
     def _output(self, expert: nn.ModuleDict, hidden_states: torch.Tensor) -> torch.Tensor:
-        return expert["down_proj"](self.act_fn(expert["gate_proj"](hidden_states)) * expert["up_proj"](hidden_states))
+        return expert[self.down](self.act_fn(expert[self.gate](hidden_states)) * expert[self.up](hidden_states))
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
@@ -79,10 +70,17 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def split_experts(model: nn.Module) -> None:
-    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model."""
-    _SPLIT_TYPES.add(model.config.model_type)
+    """Turn every layer's fused experts into linear layers called gate_proj, up_proj and down_proj, as in a dense model.
+
+    From then on this model's config says another `model_type`: PEFT converts LoRAs of the types that transformers fuses, by
+    that name, and would take those of a Qwen3-MoE's gate_proj for one of a part of the fused tensor. Saved configs say what
+    their class does.
+    """
+    family = family_of(model.config)
+    model.config.model_type = f"{family.moe_type}_split"
     for layer in model.model.layers:
-        layer.mlp.experts = SplitExperts(layer.mlp.experts)
+        block = getattr(layer, family.moe_block)
+        block.experts = SplitExperts(block.experts, family.matrices.keys())
 
 
 def split_on_cpu(model: nn.Module) -> None:
