@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STEP 4. Evaluate every model of a run on the tasks of its data, with lm-eval, in the chat format of training.
+"""STEP 4. Evaluate every model of a run on the tasks and held-out conversations of its data, in the chat format of training.
 
     python scripts/evaluate.py --run_dir outputs/quickstart
 
-A row's answer is the label with the highest log-likelihood. The report also has `generated`, the measure of many published
+A row's answer is the label with the highest log-likelihood, the end of the answer included. The report also has `generated`, the measure of many published
 tables: the first label in the text that the model writes. Held-out conversations (chats/ROLE_heldout.jsonl) are answered, and
 `--lm_eval_tasks` adds tasks that lm-eval knows. Writes RUN_DIR/reports/evaluation.json and evaluation.png.
 """
@@ -15,7 +15,6 @@ from typing import Any
 from finteam_experts.threads import has_bf16_units, use_available_cores  # before torch
 
 import matplotlib.pyplot as plt
-from rich.table import Table
 
 from finteam_experts import runs
 from finteam_experts.data import leaks
@@ -23,8 +22,9 @@ from finteam_experts.data.conversations import chat_file, chat_roles, read_chats
 from finteam_experts.data.files import evenly_spread, rows_to_score, scored_file, tasks_of
 from finteam_experts.data.tasks import about_tasks, prompting
 from finteam_experts.errors import InputError, NotFiniteError, check_number, run
-from finteam_experts.evaluation.answers import SCORES
-from finteam_experts.evaluation.labels import other_tasks, run_other_tasks
+from finteam_experts.evaluation.lm_eval_tasks import run_tasks, task_manager, what_is_read
+from finteam_experts.evaluation.seen import check_valid_unseen
+from finteam_experts.evaluation.tables import answer_table, task_table
 from finteam_experts.evaluation.tasks import difference, evaluate_model, majority
 from finteam_experts.files import file_hash, read_json, write_json
 from finteam_experts.fingerprints import fingerprint
@@ -32,75 +32,32 @@ from finteam_experts.models import local_folder
 from finteam_experts.screen import screen
 
 TEAM, DENSE = "moe-instruct", "dense-instruct"
+UNMATCHED = (
+    f"{DENSE} was not tuned for as many steps as experts and team together (match_steps): the comparison is not fair"
+)
 MODELS = ("base", DENSE, "moe", TEAM)
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print a row per model of each table that there is: tasks, answers, lm-eval's own tasks."""
+    """Print the tables that there are, then a line for each of lm-eval's own tasks, comparison, repetition and routing."""
     console, models = screen(170), report["models"]
     if report["tasks"]:
-        console.print(task_table(report))
-    roles = list(next(iter(models.values()))["answers"])
-    for role in roles:
-        console.print(answer_table(role, models))
+        console.print(task_table(report, models))
+    if next(iter(models.values()))["answers"]:
+        console.print(answer_table(report, models))
     for name, part in models.items():
         for task, scores in part["lm_eval"].items():
             print(f"{name}, {task}: {', '.join(f'{metric} {value:.3f}' for metric, value in scores.items())}")
     for name, part in report["differences"].items():
         cells = [f"{task} {d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for task, d in part.items()]
         print(f"{name}, main scores with 95 % intervals: {'; '.join(cells)}")
-    print_notes(report)
-
-
-def task_table(report: dict[str, Any]) -> Table:
-    """A row per task: accuracy, macro-F1 and MCC of each model, accuracy with its standard error."""
-    models = {"(majority class)": report["majority"]} | {
-        name: part["tasks"] for name, part in report["models"].items()
-    }
-    table = Table("task (rows)", title="Evaluation: accuracy ± standard error / macro-F1 / MCC")
-    for name in models:
-        table.add_column(name, justify="right")
-    scored = next(iter(report["models"].values()))["tasks"]
-    for task, part in scored.items():
-        own = [tasks[task] for tasks in models.values()]
-        cells = [
-            f"{t['accuracy']:.3f} ± {t['accuracy_stderr']:.3f} / {t['macro_f1']:.3f} / {t['mcc']:.3f}" for t in own
-        ]
-        table.add_row(f"{task} ({part['n']})", *cells)
-    return table
-
-
-def answer_table(role: str, models: dict[str, Any]) -> Table:
-    """What the models answer to held-out conversations of a role, each figure with its standard error."""
-    count = next(iter(models.values()))["answers"][role]["n"]
-    table = Table("model", title=f"Answers to {count} held-out conversations of {role}")
-    for title in SCORES.values():
-        table.add_column(title, justify="right")
-    for name, part in models.items():
-        own = part["answers"][role]
-        cells = ("-" if own.get(key) is None else f"{own[key]:.2f} ± {own[f'{key}_stderr']:.2f}" for key in SCORES)
-        table.add_row(name, *cells)
-    return table
-
-
-def print_notes(report: dict[str, Any]) -> None:
-    """Print what a reader of the figures should know."""
-    for name, part in report["models"].items():
-        unlike = [
-            f"{task} {result['accuracy']:.3f} and {result['generated']['accuracy']:.3f} "
-            f"({result['generated']['without_label']} of {result['n']} answers have no label)"
-            for task, result in part["tasks"].items()
-            if result["generated"]["unlike_scores"]
-        ]
-        if unlike:
-            advice = "This is expected of a model that was not tuned; for a tuned one, check its chat template."
-            found = "accuracy by label scores differs from accuracy of the written answers"
-            print(f"Note: {name}: {found}: {'; '.join(unlike)}. {advice}")
+        if not report["matched_steps"]:
+            print(f"Note: {UNMATCHED}")
     for task, counts in report["rows"].items():
         if any(counts.values()):
             found = f"{counts['repeated']} rows repeat another one, {counts['contradicting']} do so with another label"
             print(f"Note: {task}: {found}. Errors count a text once")
-    for name, part in report["models"].items():
+    for name, part in models.items():
         for task, shares in part.get("routing", {}).items():
             print(f"{name}, {task}, share of the gate: {', '.join(f'{role} {x:.0%}' for role, x in shares.items())}")
 
@@ -150,15 +107,13 @@ def main() -> None:
     use_available_cores()
     data, target = args.data_dir or args.run_dir / "data", args.run_dir / "reports" / f"{args.name}.json"
     tasks = tasks_of(data, args.tasks)
-    leaks.check_tasks(data, tasks)
-    leaks.check_chats(data, chat_roles(data))
+    leaks.check_data_dir(data)
     rows = {name: rows_to_score(data, task, args.split, args.limit) for name, task in tasks.items()}
     talkers = chat_roles(data, heldout=True) if args.chats else []
     chats = {role: evenly_spread(read_chats(data, role, heldout=True), args.chats) for role in talkers}
     if not tasks and not chats:
         raise InputError(f"{data} has nothing to evaluate: no tasks/TASK_test.jsonl and no chats/ROLE_heldout.jsonl.")
-    if args.lm_eval_tasks:
-        other_tasks(args.lm_eval_tasks, args.lm_eval_path)
+    manager = task_manager(args.lm_eval_tasks, args.lm_eval_path) if args.lm_eval_tasks else None
     folders = {name: args.run_dir / name for name in args.models}
     if "base" in folders:
         folders["base"] = local_folder(args.base or str(args.run_dir / "base"))
@@ -167,6 +122,8 @@ def main() -> None:
             folder,
             "scripts/merge_moe.py or recipes/instruct_tune.py, as the name says. Or leave it out, with --models",
         )
+    if args.split == "valid":
+        check_valid_unseen(args.run_dir, folders, data, tasks, local_folder(args.base or str(args.run_dir / "base")))
     inputs = {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "tasks": {task: file_hash(scored_file(data, task, args.split)) for task in tasks},
@@ -178,8 +135,8 @@ def main() -> None:
     if chats:
         files_of = {role: file_hash(chat_file(data, role, heldout=True)) for role in talkers}
         inputs["chats"] = {"files": files_of, "per_role": args.chats}
-    if args.lm_eval_tasks:
-        inputs["lm_eval_tasks"] = args.lm_eval_tasks
+    if manager:
+        inputs["lm_eval_tasks"] = what_is_read(manager, args.lm_eval_tasks, args.lm_eval_path)
     work = runs.begin(target, "evaluate", inputs)
     if work is None:
         return
@@ -191,8 +148,8 @@ def main() -> None:
             continue
         print(f"Evaluating {name}")
         try:
-            found = evaluate_model(folder, tasks, rows, chats, work, bf16=args.bf16)
-            found["lm_eval"] = run_other_tasks(folder, args.lm_eval_tasks, args.lm_eval_path, args.limit)
+            found = evaluate_model(folder, tasks, rows, chats, bf16=args.bf16)
+            found["lm_eval"] = run_tasks(folder, manager, args.lm_eval_tasks, args.limit) if manager else {}
             write_json(part, found)
         except NotFiniteError as error:
             raise NotFiniteError(f"{folder}: {error}") from None
@@ -204,6 +161,7 @@ def main() -> None:
         "rows": {task: leaks.repetitions(own) for task, own in rows.items()},
         "models": models,
         "differences": difference(tasks, models, rows, TEAM, DENSE) if tasks else {},
+        "matched_steps": DENSE in folders and "matched_steps" in runs.read_record(folders[DENSE]).get("results", {}),
     }
     plot(report, target.with_suffix(".png"))
     runs.finish_report(target, report)

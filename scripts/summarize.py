@@ -15,16 +15,15 @@ from typing import Any
 
 from finteam_experts.threads import use_available_cores  # before torch
 
-import numpy as np
 from accelerate import PartialState
 from rich.table import Table
 from rich.text import Text
 
 from finteam_experts import runs
 from finteam_experts.errors import InputError, run
-from finteam_experts.evaluation.answers import SCORES
-from finteam_experts.evaluation.labels import greedy_answers
+from finteam_experts.evaluation.answers import MAX_NEW_TOKENS, greedy_answers
 from finteam_experts.evaluation.routing import expert_shares
+from finteam_experts.evaluation.tables import answer_table, task_table
 from finteam_experts.files import read_json, write_text
 from finteam_experts.fingerprints import is_model
 from finteam_experts.models import as_chats, load_model, load_tokenizer
@@ -36,7 +35,6 @@ QUESTIONS = (
     "Operating profit of Ostrand Paper fell to EUR 4.1 mn from 9.8 mn after restructuring costs.\n\nWhat do investors ask?",
     "Daily returns in %: 0.42, -1.17, 0.08, 2.31, -0.64.\n\nHow volatile is this share?",
 )
-MAX_NEW_TOKENS = 64
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>body {{ font-family: system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
 pre {{ overflow-x: auto; line-height: 1.25; }} img {{ max-width: 100%; height: auto; }}</style>
@@ -67,39 +65,6 @@ def ask_team(folder: Path) -> list[tuple[str, str, dict[str, float]]]:
     shares = expert_shares(model, form.tokenizer, [own.ids for own in exchanges], [own.spans for own in exchanges])
     shared = (dict(zip(titles, own, strict=True)) for own in shares.mean(0).tolist())
     return list(zip(QUESTIONS, answers, shared, strict=True))
-
-
-def task_table(evaluation: dict[str, Any], models: list[str]) -> Table:
-    """The main score of every task for each model, and their mean."""
-    table = Table("task", "main score", "majority class", title="Tasks: main score on held-out rows ± standard error")
-    for name in models:
-        table.add_column(name, justify="right")
-    for task in evaluation["tasks"]:
-        name, score = task["name"], task["main_score"]
-        own = [evaluation["models"][model]["tasks"][name] for model in models]
-        cells = [f"{part[score]:.3f} ± {part[f'{score}_stderr']:.3f}" for part in own]
-        table.add_row(task["title"], score, f"{evaluation['majority'][name][score]:.3f}", *cells)
-    table.add_section()
-    means = [
-        np.mean(
-            [evaluation["models"][model]["tasks"][task["name"]][task["main_score"]] for task in evaluation["tasks"]]
-        )
-        for model in models
-    ]
-    table.add_row("mean", "", "", *(f"{mean:.3f}" for mean in means))
-    return table
-
-
-def answer_table(evaluation: dict[str, Any], models: list[str]) -> Table:
-    """What the models do with held-out conversations, all roles together."""
-    table = Table("model", title="Answers to held-out conversations, mean over roles")
-    for title in SCORES.values():
-        table.add_column(title, justify="right")
-    for name in models:
-        parts = evaluation["models"][name]["answers"].values()
-        columns = [[part[key] for part in parts if part.get(key) is not None] for key in SCORES]
-        table.add_row(name, *(f"{np.mean(own):.2f}" if own else "-" for own in columns))
-    return table
 
 
 def routing_table(routing: dict[str, Any]) -> Table:
@@ -168,7 +133,12 @@ def main() -> None:
         average = part.get("average")
         if average:
             found = f"average main score {average['difference']:+.3f} [{average['low']:+.3f}, {average['high']:+.3f}]"
-            console.print(f"{name}: {found} (95 % interval)")
+            fair = (
+                ""
+                if evaluation["matched_steps"]
+                else ". Not fair: the dense model took another number of steps (match_steps)"
+            )
+            console.print(f"{name}: {found} (95 % interval){fair}")
 
     images = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode((reports / f"{name}.png").read_bytes()).decode()}">'

@@ -24,6 +24,7 @@ from transformers import (
 
 from chats import ChatFormat, Turns, chat_format
 from prompts import task_prompt
+from scoring import log_likelihoods, stop_ids
 
 MAX_NEW_TOKENS = 160
 MAX_PROMPT_TOKENS = 2048  # of a conversation: earlier turns are left out beyond that, and a longer question is refused
@@ -151,6 +152,7 @@ class Team:
                         self.model.generate(
                             prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, do_sample=False,
                             max_new_tokens=MAX_NEW_TOKENS, stopping_criteria=StoppingCriteriaList([_StopOnce(gone)]),
+                            eos_token_id=stop_ids(self.form),
                         )
                     )  # fmt: skip
             finally:
@@ -209,7 +211,6 @@ class Team:
             for hook in hooks:
                 hook.remove()
 
-    @torch.no_grad()
     def classify(self, task: str, text: str) -> dict[str, float]:
         """The probability of each label of a task, among its labels, in the words that the model was tuned on."""
         about = self.tasks[task]
@@ -217,16 +218,7 @@ class Team:
             text, about["question"], about["labels"], about.get("max_text_tokens", LONGEST_TEXT), self.tokenizer
         )
         exchanges = self.form.exchanges([(prompt, label) for label in about["labels"]])
-        start = len(exchanges[0].prompt)
-        ends = [torch.tensor(exchange.answer) for exchange in exchanges]
-        rows = [torch.tensor(exchange.prompt + exchange.answer, device=self.model.device) for exchange in exchanges]
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right padding: no earlier position sees it
-        kept = batch.shape[1] - start + 1
         with self._one_at_a_time:
-            logits = self.model(batch, logits_to_keep=kept).logits
-        log_probs = logits.float().log_softmax(-1)
-        scores = [
-            row[: len(end)].gather(1, end[:, None].to(row.device)).sum()
-            for row, end in zip(log_probs, ends, strict=True)
-        ]
-        return dict(zip(about["labels"], torch.stack(scores).softmax(0).tolist(), strict=True))
+            scores = log_likelihoods(self.model, [(exchange.prompt, exchange.scored) for exchange in exchanges])
+        probabilities = torch.tensor([score.log_likelihood for score in scores]).softmax(0)
+        return dict(zip(about["labels"], probabilities.tolist(), strict=True))

@@ -20,7 +20,7 @@ import numpy as np
 from finteam_experts.data.files import Row, rows_to_score, tasks_of
 from finteam_experts.data.tasks import Tasks
 from finteam_experts.errors import InputError, run
-from finteam_experts.evaluation.metrics import difference_on_rows
+from finteam_experts.evaluation.metrics import paired_difference
 from finteam_experts.files import read_json, read_yaml
 from parts import Parts
 
@@ -147,7 +147,7 @@ def way_table(runs: Runs, tasks: Tasks, rows: dict[str, list[Row]]) -> list[str]
         team = mean(run.average("team", last) for run in there)
         if way != "team":
             ours, theirs = runs.predictions("team", there), runs.predictions(way, there)
-            part = difference_on_rows(tasks, rows, ours, theirs, shared_seeds=True)["average"]
+            part = paired_difference(tasks, rows, ours, theirs, shared_seeds=True)["average"]
             gap = f"{part['difference']:+.3f} [{part['low']:+.3f}, {part['high']:+.3f}]"
         if all((way, 1) in run.found for run in there):
             first = [run.average(way, last, run.fields[:1]) - run.average(way, 1) for run in there]

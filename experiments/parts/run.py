@@ -9,7 +9,6 @@ once when it arrives.
 """
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from finteam_experts.data.tasks import render_all
 from finteam_experts.errors import InputError, nearest, run
 from finteam_experts.evaluation import metrics
 from finteam_experts.evaluation.batches import padded_batches
-from finteam_experts.evaluation.tasks import evaluate_model, true_labels
+from finteam_experts.evaluation.tasks import evaluate_model
 from finteam_experts.files import read_json, read_yaml, write_json
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from parts import Order, Parts
@@ -84,9 +83,8 @@ def scored(order: Order, predictions: dict[str, str]) -> dict[str, Any]:
     scores = {}
     for name, own in predictions.items():
         task = order.tasks[name]
-        true = true_labels(task, rows_to_score(order.data, task, "test", order.parts.limit))
-        counts = metrics.confusion(true, np.array([int(digit) for digit in own]), len(task.labels))
-        scores[name] = float(metrics.scores(counts)[task.main_score])
+        true = metrics.true_labels(task, rows_to_score(order.data, task, "test", order.parts.limit))
+        scores[name] = metrics.scores(true, np.array([int(digit) for digit in own]))[task.main_score]
     return {"scores": scores, "predictions": predictions}
 
 
@@ -98,8 +96,7 @@ def measure(order: Order, way: Way) -> dict[str, Any]:
     tasks = {name: task for name, task in order.tasks.items() if task.role in fields}
     rows = {name: rows_to_score(order.data, task, "test", order.parts.limit) for name, task in tasks.items()}
     bf16 = bool(order.parts.overrides.get("bf16")) and way.name != "arrow"  # PEFT's can't compute in two types
-    with tempfile.TemporaryDirectory() as work:
-        found = evaluate_model(folder, tasks, rows, {}, Path(work), bf16=bf16, model=model, generate=False)
+    found = evaluate_model(folder, tasks, rows, {}, bf16=bf16, model=model, generate=False)
     predictions = {
         name: "".join(str(tasks[name].labels.index(label)) for label in own["predictions"])
         for name, own in found["tasks"].items()

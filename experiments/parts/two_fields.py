@@ -17,13 +17,12 @@ from statistics import mean
 from finteam_experts.threads import use_available_cores  # before torch
 
 import numpy as np
-from lm_eval.api.instance import Instance
 
 from finteam_experts.chats import Turns
 from finteam_experts.data.files import rows_to_score
 from finteam_experts.data.tasks import render_all
 from finteam_experts.errors import InputError, run
-from finteam_experts.evaluation.labels import LabelScoringLM
+from finteam_experts.evaluation.heldout import answer_scores
 from finteam_experts.files import read_json, read_yaml, write_json
 from finteam_experts.models import as_chats, load_model, load_tokenizer, local_folder
 from finteam_experts.training.experts import split_on_cpu
@@ -70,9 +69,8 @@ def answers(folder: Path, asked: list[Conversation], *, bf16: bool) -> list[bool
     """Whether the likeliest label of each second question is the true one."""
     form, model = as_chats(load_tokenizer(folder), folder), load_model(folder)
     split_on_cpu(model)
-    pairs = [(own.turns, label) for own in asked for label in own.labels]
-    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-    scores = iter(LabelScoringLM(pretrained=model, form=form, bf16=bf16).loglikelihood(requests))
+    exchanges = form.exchanges([(own.turns, label) for own in asked for label in own.labels])
+    scores = iter(answer_scores(model, exchanges, bf16=bf16))
     return [max(own.labels, key={label: next(scores) for label in own.labels}.get) == own.label for own in asked]
 
 

@@ -12,7 +12,7 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 source=$(cd "$1" && pwd) folder=$2 seeds=${3:-0 1} base=${4:-outputs/quickstart/base}
 rows=(--per_device_train_batch_size 4 --rows_per_task 600 --rows_of_task '{stock_movement: 160}')  # near chance for every model of this size
 launch() {
-  accelerate launch --config_file "$here/recipes/accelerate/cpu.yaml" "$here/recipes/$1.py" \
+  accelerate launch --quiet --config_file "$here/recipes/accelerate/cpu.yaml" "$here/recipes/$1.py" \
     --config "$here/recipes/sample/$2.yaml" "${where[@]}" --seed "$seed" "${@:3}"
 }
 

@@ -23,8 +23,7 @@ from finteam_experts.data.files import evenly_spread, rows_to_score, tasks_of
 from finteam_experts.data.tasks import Tasks
 from finteam_experts.errors import InputError, run
 from finteam_experts.evaluation.answers import answer_losses
-from finteam_experts.evaluation.labels import LabelScoringLM
-from finteam_experts.evaluation.metrics import difference_on_rows
+from finteam_experts.evaluation.metrics import paired_difference
 from finteam_experts.evaluation.tasks import majority
 from finteam_experts.files import read_json, write_json
 from finteam_experts.models import as_chats, load_model, load_tokenizer
@@ -53,11 +52,13 @@ def collect(run_dir: Path, data: Path, base: Path, tasks: Tasks) -> dict[str, An
     }  # fmt: skip
     for name in MODELS:
         part, folder = report["models"][name], base if name == "base" else run_dir / name
-        lm = LabelScoringLM(pretrained=load_model(folder), form=as_chats(load_tokenizer(folder), folder))
+        model, form = load_model(folder), as_chats(load_tokenizer(folder), folder)
         nats = {
             role: [
                 round(loss, 4)
-                for loss in answer_losses(lm, evenly_spread(read_chats(data, role, heldout=True), CONVERSATIONS))
+                for loss in answer_losses(
+                    model, form, evenly_spread(read_chats(data, role, heldout=True), CONVERSATIONS)
+                )
             ]
             for role in chat_roles(data, heldout=True)
         }
@@ -103,7 +104,7 @@ def difference_table(runs: list[dict[str, Any]], tasks: Tasks, rows: dict[str, l
         parts = [own["models"][model]["predictions"] for own in runs]
         return {name: np.array([[int(digit) for digit in part[name]] for part in parts]) for name in tasks}
 
-    found = [difference_on_rows(tasks, rows, digits(ours), digits(other), shared_seeds=True) for ours, other in PAIRS]
+    found = [paired_difference(tasks, rows, digits(ours), digits(other), shared_seeds=True) for ours, other in PAIRS]
     lines = []
     for name, title in ({name: task.title for name, task in tasks.items()} | {"average": "average"}).items():
         gaps = [part[name] for part in found]

@@ -85,7 +85,7 @@ def test_label_probabilities_are_those_of_the_evaluation(client, done_run, task)
     ids = tokenizer.apply_chat_template(chat(render(TASKS[task], row, tokenizer)), add_generation_prompt=True)
     scores = []
     for label in TASKS[task].labels:
-        end = tokenizer(label, add_special_tokens=False)["input_ids"]
+        end = [*tokenizer(label, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         with torch.no_grad():
             log_probs = model(torch.tensor([ids["input_ids"] + end])).logits[0].log_softmax(-1)
         start = len(ids["input_ids"]) - 1
@@ -108,6 +108,7 @@ def test_numbers_that_are_not_in_the_question_are_named(client):
         ("/ask", ["Why?", {"a": 1}], "No analyst is called '{'a': 1}'"),
         ("/classify", [["fpb"], "Roses are red."], "No task is called '['fpb']'"),
         ("/ask", ["x" * 100_000], "below 4000 characters; this one has 100000"),
+        ("/ask", ["Why?<|im_end|>\n"], "leave out <|im_end|>: only the chat template writes that"),
         ("/ask", ["🏦" * 4000], "tokens, and the model reads"),
         ("/ask", ["Why?", "The intern"], "No analyst is called 'The intern'"),
         ("/classify", ["poetry", "Roses are red."], "No task is called 'poetry'"),

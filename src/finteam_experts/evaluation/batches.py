@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from finteam_experts.scoring import batched
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
     """The token ids of each text, cut to `max_tokens`; texts of a single token, which predict nothing, are left out."""
@@ -27,14 +29,8 @@ def padded_batches(
 
     Sequences of similar length go together, so that little is padding. A progress bar called `title` counts them.
     """
-    order = sorted(range(len(sequences)), key=lambda position: len(sequences[position]))
-    with tqdm(total=len(order), desc=title, leave=False) as progress:
-        while order:
-            rows = max(1, batch_tokens // len(sequences[order[0]]))
-            # the longest of so many rows may not fit: take what does
-            while rows > 1 and rows * len(sequences[order[:rows][-1]]) > batch_tokens:
-                rows -= 1
-            taken, order = order[:rows], order[rows:]
-            batch = {"input_ids": [sequences[position] for position in taken]}
-            yield taken, tokenizer.pad(batch, padding_side=padding_side, return_tensors="pt")
-            progress.update(len(taken))
+    with tqdm(total=len(sequences), desc=title, leave=False) as progress:
+        for rows in batched([len(ids) for ids in sequences], batch_tokens):
+            batch = {"input_ids": [sequences[row] for row in rows]}
+            yield rows, tokenizer.pad(batch, padding_side=padding_side, return_tensors="pt")
+            progress.update(len(rows))

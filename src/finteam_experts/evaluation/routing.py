@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from finteam_experts.chats import SPANS
 from finteam_experts.evaluation.batches import padded_batches
-from finteam_experts.evaluation.heldout import token_losses
+from finteam_experts.scoring import float_head
 
 DEAD = 0.01  # an expert is dead in a layer if it is the first choice of a smaller share of tokens
 
@@ -116,7 +116,8 @@ def measure_routing(
     tokens, loss = torch.zeros(len(sequences)), torch.zeros(len(sequences))
     for rows, batch in padded_batches(everything, tokenizer, title="routing"):
         batch = batch.to(model.device)
-        outputs = model(**batch, output_router_logits=True, logits_to_keep=0 if losses else 1)
+        with float_head(model):
+            outputs = model(**batch, output_router_logits=True, logits_to_keep=0 if losses else 1)
         kept = batch["attention_mask"].bool().cpu()
         kept[:, 0] = False
         row_roles = torch.tensor([roles[row] for row in rows])
@@ -126,11 +127,12 @@ def measure_routing(
             # by row, token and span
             by_span = torch.nn.functional.one_hot(padded.clamp(min=0), len(SPANS)) * kept[..., None]
             tokens_by_span.index_add_(0, row_roles, by_span.sum(1).float())
-        if losses:
-            row_losses = token_losses(outputs.logits, batch["input_ids"], batch["attention_mask"]).sum(-1).cpu()
         tokens.index_add_(0, row_roles, kept.sum(-1).float())
         if losses:
-            loss.index_add_(0, row_roles, row_losses)
+            targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
+            logits = outputs.logits[:, :-1].flatten(0, 1)
+            nats = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+            loss.index_add_(0, row_roles, nats.sum(-1).cpu())
         for layer, logits in enumerate(outputs.router_logits):  # [rows * length, experts]
             logits = logits.float().cpu()
             if spans:

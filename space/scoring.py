@@ -1,0 +1,1 @@
+../src/finteam_experts/scoring.py
