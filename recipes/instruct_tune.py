@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """STEP 3. Instruct-tune the MoE on the finance tasks, or the dense base on the same rows as its baseline.
 
-    accelerate launch recipes/instruct_tune.py --config recipes/sample/instruct_tune_moe.yaml
-    accelerate launch recipes/instruct_tune.py --config recipes/sample/instruct_tune_dense.yaml
+    accelerate launch --quiet recipes/instruct_tune.py --config recipes/sample/instruct_tune_moe.yaml
+    accelerate launch --quiet recipes/instruct_tune.py --config recipes/sample/instruct_tune_dense.yaml
 
 Reads RUN_DIR/data and RUN_DIR/moe (or the dense base), writes RUN_DIR/moe-instruct (or RUN_DIR/dense-instruct): the
-adapter merged into the model, with the base's companion files. The loss is on the answers only.
+adapter merged into the model, with the base's companion files. `--output_dir` names another folder to write. The loss is on the answers only.
 """
 
 from collections.abc import Callable
@@ -15,33 +15,51 @@ from pathlib import Path
 from finteam_experts.threads import use_available_cores  # before torch
 
 from datasets import Dataset
-from transformers import PretrainedConfig
 from trl import SFTConfig, SFTTrainer
 
 from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
-from finteam_experts.data import leaks
-from finteam_experts.data.conversations import chat_file, chat_roles, check_chat_roles
+from finteam_experts.data.conversations import GENERAL, chat_roles, check_chat_roles
 from finteam_experts.data.files import check_roles, corpus_file, read_corpus, task_file, tasks_of
+from finteam_experts.data.leaks import ScoredTexts, check_data_dir
 from finteam_experts.data.tasks import Tasks, about_tasks, prompting
-from finteam_experts.data.trl_datasets import DatasetArguments
-from finteam_experts.errors import InputError, run
+from finteam_experts.data.trl_datasets import DatasetArguments, roles_of
+from finteam_experts.errors import InputError, is_main_process, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.routing import RoutingCallback
-from finteam_experts.files import check_disk_room, file_hash
+from finteam_experts.files import check_disk_room
 from finteam_experts.fingerprints import fingerprint
 from finteam_experts.models import as_chats, check_base, load_tokenizer, local_folder, read_config
-from finteam_experts.training.arguments import BaseModelConfig, RunArguments, TaskRowArguments, parse, settings
-from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora, tuning_results
-from finteam_experts.training.rows import (
-    as_dataset,
-    chat_examples,
-    check_length,
-    dataset_examples,
-    mixed,
-    rows_of_run,
-    task_examples,
+from finteam_experts.training.arguments import (
+    BaseModelConfig,
+    RunArguments,
+    TaskRowArguments,
+    keep_rows_whole,
+    output_folder,
+    parse,
+    settings,
 )  # fmt: skip
+from finteam_experts.training.lora import (
+    ADAPTER,
+    begin_on_all,
+    end,
+    match_steps,
+    merge_trained,
+    train_lora,
+    tuning_results,
+)  # fmt: skip
+from finteam_experts.training.rows import (
+    Source,
+    chat_source,
+    check_length,
+    dataset_source,
+    mixed,
+    reads,
+    recorded,
+    rows_of_run,
+    task_source,
+    tokenise,
+)
 from finteam_experts.weights import size_of
 
 ROUTING_TOKENS = 96
@@ -62,8 +80,9 @@ class TuneArguments(TaskRowArguments, DatasetArguments, RunArguments):
         default=None,
         metadata={"help": "Share of the tokens that are of conversations. Default: all rows that there are."},
     )
-    hold_out_validation: bool = field(
-        default=False, metadata={"help": "Leave out the train rows that evaluate.py --split valid scores."}
+    match_steps: bool = field(
+        default=False,
+        metadata={"help": "Of the dense baseline: take as many steps as RUN_DIR's experts and team took together."},
     )
     routing_steps: int = field(
         default=100, metadata={"help": "Measure the MoE's routing of held-out text every N steps; 0: never."}
@@ -72,8 +91,12 @@ class TuneArguments(TaskRowArguments, DatasetArguments, RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.tasks, str):  # as YAML gives a list of one
+            self.tasks = [self.tasks]
         if self.as_trunk and self.start_from != "base":
             raise InputError(f"as_trunk is for start_from base; start_from is {self.start_from}.")
+        if self.match_steps and (self.start_from != "base" or self.as_trunk):
+            raise InputError("match_steps is for the dense baseline: start_from base, without as_trunk.")
 
 
 def initial_model(args: TuneArguments, model_args: BaseModelConfig) -> tuple[Path, dict]:
@@ -92,23 +115,26 @@ def initial_model(args: TuneArguments, model_args: BaseModelConfig) -> tuple[Pat
     return folder, runs.require(folder, "python scripts/merge_moe.py")
 
 
-def tuning_dataset(
-    args: TuneArguments,
-    tasks: Tasks,
-    training_args: SFTConfig,
-    form: ChatFormat,
-    config: PretrainedConfig,
-) -> Dataset:
-    """The train rows of tasks, conversations and datasets, with labels on the answers alone."""
-    seed = training_args.seed
-    asked = task_examples(args.data, tasks, form, seed, args.limits(tasks), hold_out=args.hold_out_validation)
-    chats = chat_examples(args.data, form, seed) + dataset_examples(form, args.rows(rows_of_run(training_args)), seed)
-    rows = mixed(asked, chats, args.chat_share, seed)
-    if not rows:
+def rows_to_tune(
+    args: TuneArguments, tasks: Tasks, scored: ScoredTexts | None, training_args: SFTConfig, form: ChatFormat, positions: int
+) -> tuple[Dataset, list[Source]]:  # fmt: skip
+    """The train rows of tasks, conversations and datasets, with labels on the answers alone, and where they are from."""
+    seed, limits = training_args.seed, args.limits(tasks)
+    sources = [task_source(args.data, tasks, form, seed, limits, hold_out=args.hold_out_validation)] if tasks else []
+    sources += [chat_source(args.data, role) for role in chat_roles(args.data)]
+    datasets = args.load(rows_of_run(training_args), seed)
+    sources += [dataset_source(dataset, "chats", dataset.role or GENERAL, scored) for dataset in datasets]
+    if not sources:
         raise InputError(f"{args.data} has nothing to tune on: no tasks/TASK_train.jsonl and no chats/ROLE.jsonl.")
-    longest = training_args.max_length or config.max_position_embeddings
-    training_args.max_length = None  # nothing is left to cut
-    return as_dataset(rows, longest)
+    if training_args.packing:
+        raise InputError(
+            "packing is true, and it sorts rows by length, which here means by task. Set padding_free: true."
+        )
+    longest = training_args.max_length or positions
+    shares = None if args.chat_share is None else {"tasks": 1.0, "chats": 1.0}  # of the tokens it is another one
+    parts = tokenise(sources, form, training_args, longest, cut=longest, shares=shares)
+    keep_rows_whole(training_args)
+    return mixed(parts, args.chat_share, seed), sources
 
 
 def routing_callback(
@@ -129,45 +155,50 @@ def main() -> None:
     args, training_args, model_args = parse((TuneArguments, SFTConfig, BaseModelConfig))
     use_available_cores()
     args.share_batch(training_args)
+    matched = match_steps(Path(args.run_dir), training_args) if args.match_steps else None
     start, record = initial_model(args, model_args)
     config, form = read_config(start), as_chats(load_tokenizer(start), start)
     team = [member["name"] for member in record.get("team", ())]
     model_args.check_lora(config)
     check_length(training_args.max_length, config)
 
-    tasks = tasks_of(args.data, args.tasks)
+    tasks, scored = {}, None
+    if args.data.is_dir() or args.tasks or not args.sources():  # a dataset alone is enough
+        scored = check_data_dir(args.data)
+        tasks = tasks_of(args.data, args.tasks)
     if team:
         check_roles(args.data, tasks, team)
         check_chat_roles(args.data, team)
-    leaks.check_tasks(args.data, tasks)
-    leaks.check_chats(args.data, chat_roles(args.data))
+    args.check_dataset_roles(team or roles_of(args.data))
     callback_of = routing_callback(args, team, form)
-    target = Path(args.run_dir) / ("trunk" if args.as_trunk else OUTPUTS[args.start_from])
+    place = Path(args.run_dir) / ("trunk" if args.as_trunk else OUTPUTS[args.start_from])
+    target = output_folder(training_args, place)
+    recorded_settings = settings(args, training_args, model_args)
+    dataset, sources = rows_to_tune(args, tasks, scored, training_args, form, config.max_position_embeddings)
     inputs = {
         "model": fingerprint(start),
-        "tasks": {task: file_hash(task_file(args.data, task, "train")) for task in tasks},
         "asked": prompting(tasks),
-        "settings": settings(args, training_args, model_args),
+        "settings": recorded_settings,
+        **recorded(sources),
     }
-    if roles := chat_roles(args.data):
-        inputs["chats"] = {role: file_hash(chat_file(args.data, role)) for role in roles}
-    if args.sources():
-        inputs["datasets"] = args.described()
     if args.hold_out_validation:  # rows of train are left out where there is no file of them
         inputs["valid"] = [task for task in tasks if task_file(args.data, task, "valid").is_file()]
-    dataset = tuning_dataset(args, tasks, training_args, form, config)
     work = begin_on_all(target, "instruct_tune", inputs)
     if work is None:
         return
+    if is_main_process():
+        print(reads(dataset, sources, training_args))
     check_disk_room(target, 2 * size_of(start))
 
     trainer = train_lora(start, dataset, form.tokenizer, args, training_args, model_args, work, callback_of)
     trainer.save_model(str(work / ADAPTER))
-    results = tuning_results(trainer, len(dataset))
+    results = tuning_results(trainer, len(dataset)) | ({"matched_steps": matched} if matched else {})
 
     if trainer.is_world_process_zero():
         results["merge_difference"], keep = merge_trained(trainer, start, work)
         about = about_tasks(tasks) | ({"team": record["team"]} if team else {})
+        if "ridge" in record.get("router", {}):  # of which a change of the team solves again
+            about["router"] = {"ridge": record["router"]["ridge"]}
         runs.finish(target, {**about, "results": results}, keep=keep)
         off = results["merge_difference"]
         print(f"{target}: tuned on {results['rows_seen']} rows; merged and adapter outputs agree to {off:.0e}")

@@ -29,7 +29,7 @@ read_options() {
 pipeline() {
   local role roles before='' start=$base where="--run_dir $run_dir --data_dir $data_dir"
   roles=$(python -m finteam_experts.merging.config "$merge_config" | paste -sd ' ')
-  # Step 1: the trunk, where the folder has a recipe for it. The experts do not need each other, and neither does the baseline
+  # Step 1: the trunk, where the folder has a recipe for it. The experts do not need each other
   if [ -f "$recipes/instruct_tune_trunk.yaml" ]; then
     stage trunk replicated '' "recipes/instruct_tune.py --config $recipes/instruct_tune_trunk.yaml --base $base $where"
     before=trunk start=$run_dir/trunk
@@ -37,12 +37,13 @@ pipeline() {
   for role in $roles; do
     stage "$role" replicated "$before" "recipes/train_expert.py --config $recipes/train_expert.yaml --base $start --merge_config $merge_config --role $role $where"
   done
-  stage dense replicated "$before" "recipes/instruct_tune.py --config $recipes/instruct_tune_dense.yaml --base $start $where"
   # Step 2
   stage merge plain "$roles" "python scripts/merge_moe.py --run_dir $run_dir --base $start --merge_config $merge_config \
 && python scripts/fit_router.py $where && python scripts/report_routing.py $where --base $start"
   # Step 3
   stage team sharded merge "recipes/instruct_tune.py --config $recipes/instruct_tune_moe.yaml $where"
+  # The baseline may take as many steps as experts and team did: it reads their records
+  stage dense replicated team "recipes/instruct_tune.py --config $recipes/instruct_tune_dense.yaml --base $start $where"
   # Step 4
-  stage evaluate plain 'team dense' "python scripts/evaluate.py $where --base $base --bf16"
+  stage evaluate plain dense "python scripts/evaluate.py $where --base $base --bf16"
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """STEP 1. Train the LoRA of one role expert on what its role has: corpus, conversations, tasks.
 
-    accelerate launch recipes/train_expert.py --config recipes/sample/train_expert.yaml --role macro
+    accelerate launch --quiet recipes/train_expert.py --config recipes/sample/train_expert.yaml --role macro
 
 Reads RUN_DIR/data and RUN_DIR/base unless --data_dir and --base name others, writes RUN_DIR/adapters/ROLE. The LoRA is
 on the MLP alone: that is all that becomes an expert of the MoE. Any TRL setting can be overridden on the command line.
@@ -27,30 +27,41 @@ from trl import SFTConfig
 
 from finteam_experts import runs
 from finteam_experts.chats import ChatFormat
-from finteam_experts.data import leaks
-from finteam_experts.data.conversations import GENERAL, chat_file, chat_roles, read_chats
-from finteam_experts.data.files import check_passages, corpus_file, read_corpus, task_file, tasks_of
-from finteam_experts.data.streams import describe, stream_corpus
+from finteam_experts.data.conversations import GENERAL, chat_roles
+from finteam_experts.data.files import corpus_file, read_corpus, task_file, tasks_of
+from finteam_experts.data.leaks import ScoredTexts, check_data_dir
 from finteam_experts.data.tasks import prompting
-from finteam_experts.data.trl_datasets import DatasetArguments
-from finteam_experts.errors import InputError, run
+from finteam_experts.data.trl_datasets import DatasetArguments, roles_of, stream_corpus
+from finteam_experts.errors import InputError, check_number, is_main_process, run
 from finteam_experts.evaluation.batches import encode
 from finteam_experts.evaluation.heldout import heldout_loss, perplexity
 from finteam_experts.files import file_hash
 from finteam_experts.fingerprints import PLAIN_TEXT_PARTS, fingerprint
 from finteam_experts.merging.config import SHARED, roles_to_train
 from finteam_experts.models import ADAPTER_FILE, MLP_MODULES, as_chats, check_base, load_tokenizer, local_folder
-from finteam_experts.training.arguments import BaseModelConfig, RunArguments, TaskRowArguments, parse, settings
-from finteam_experts.training.lora import ADAPTER, begin_on_all, end, merge_trained, train_lora
-from finteam_experts.training.rows import (
-    Example,
-    check_length,
-    conversation_examples,
-    in_shares,
-    rows_of_run,
-    task_examples,
-    text_examples,
+from finteam_experts.training.arguments import (
+    BaseModelConfig,
+    RunArguments,
+    TaskRowArguments,
+    keep_rows_whole,
+    output_folder,
+    parse,
+    settings,
 )  # fmt: skip
+from finteam_experts.training.lora import ADAPTER, begin_on_all, end, length_of, merge_trained, train_lora
+from finteam_experts.training.rows import (
+    Source,
+    chat_source,
+    check_length,
+    corpus_source,
+    dataset_source,
+    in_shares,
+    reads,
+    recorded,
+    rows_of_run,
+    task_source,
+    tokenise,
+)
 
 PARTS = ("corpus", "chats", "general", "tasks")
 MERGE_FILE = Path(__file__).parents[1] / "moe_merge.yaml"
@@ -76,7 +87,7 @@ class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
         },
     )
     steps_per_task: int | None = field(
-        default=None, metadata={"help": "With learn_from: steps for each task of the role, if max_steps is not set."}
+        default=None, metadata={"help": "Steps for each task of the role, instead of max_steps or num_train_epochs."}
     )
     merge_config: str = field(default=str(MERGE_FILE), metadata={"help": "The merge: it lists the roles of the team."})
     heldout_passages: int = field(default=32, metadata={"help": "Passages for the perplexity before and after."})
@@ -90,12 +101,13 @@ class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
         if shares is None:
             self.learn_from = None
             return
-        right = isinstance(shares, dict) and shares and set(shares) <= set(PARTS)
-        if not right or not all(isinstance(share, int | float) and share > 0 for share in shares.values()):
+        if not isinstance(shares, dict) or not shares or not set(shares) <= set(PARTS):
             raise InputError(
                 f"learn_from is {self.learn_from!r}; it gives {', '.join(PARTS)}, or some of them, a share above 0, as "
                 "'{corpus: 0.2, chats: 0.4, tasks: 0.4}'."
             )
+        for part, share in shares.items():
+            check_number(f"learn_from, {part}", share, above=0)
         if self.corpus or self.role == SHARED:
             print("learn_from is for one role's own files: this training reads the corpus alone")
             self.learn_from = None
@@ -104,7 +116,7 @@ class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
 
     def set_steps(self, training_args: SFTConfig, roles: list[str]) -> None:
         """Set the steps of this training from `steps_per_task`, unless its own settings say how many."""
-        if self.learn_from and self.steps_per_task and training_args.max_steps < 1:
+        if self.steps_per_task and training_args.max_steps < 1:
             limits = self.limits(known := tasks_of(self.data))
             tasks = sum(task.role in roles and limits[name] != 0 for name, task in known.items())
             training_args.max_steps = self.steps_per_task * max(1, tasks)
@@ -114,78 +126,65 @@ class ExpertArguments(TaskRowArguments, DatasetArguments, RunArguments):
         return roles_to_train(self.role, Path(self.merge_config), self.data)
 
 
-def role_text(
-    args: ExpertArguments, roles: list[str], training_args: SFTConfig, form: ChatFormat
-) -> tuple[Dataset | IterableDataset, object]:
-    """The passages to train on, and what the record says of where they are from.
-
-    Of several corpora one passage in turn: a short one starts again until the longest is through.
-    """
-    if args.corpus is None:
-        corpora = {name: read_corpus(args.data, name) for name in roles}
-        for name, passages in corpora.items():
-            check_passages(args.data, name, passages)
-        leaks.check_corpora(args.data, roles)
-        hashes: dict[str, object] = {name: file_hash(corpus_file(args.data, name)) for name in roles}
-        if args.sources():
-            for number, (rows, _) in enumerate(args.rows(rows_of_run(training_args))):
-                conversations = [row for row in rows if not isinstance(row, str)]
-                texts = [row for row in rows if isinstance(row, str)] + form.texts(conversations)
-                corpora |= {f"dataset {number}": texts}
-            hashes = {"files": hashes, "datasets": args.described()}
-        datasets = [Dataset.from_dict({"text": passages}) for passages in corpora.values()]
-        text = interleave_datasets(datasets, stopping_strategy="all_exhausted")
-        return text, hashes.get(args.role, hashes)
+def streamed_corpus(
+    args: ExpertArguments, training_args: SFTConfig, scored: ScoredTexts
+) -> tuple[IterableDataset, dict]:
+    """The texts of `corpus`, and what the record says of where they are from."""
     if args.role == SHARED or training_args.max_steps < 1:
         raise InputError(
             f"corpus is {args.corpus}, role {args.role} and max_steps {training_args.max_steps}: a stream is one role's, and its "
             "end is not known. Name a role, and set max_steps."
         )
-    holds_test_text = leaks.holds_test_text(args.data)
-    text = stream_corpus(args.corpus, args.corpus_column, training_args.seed, holds_test_text)
-    return text, describe(args.corpus, args.corpus_column)
-
-
-def role_rows(
-    args: ExpertArguments, training_args: SFTConfig, form: ChatFormat, positions: int
-) -> tuple[Dataset, object]:
-    """The rows to train on, in the shares of `learn_from`, and what the record says of where they are from.
-
-    Passages are cut at `max_length`; other rows stay whole, as the trunk learned them, if they fit into the model's `positions`.
-    """
-    data, role, seed = args.data, args.role, training_args.seed
-    longest = training_args.max_length or positions
-    limits = args.limits(tasks_of(data))
-    tasks = {name: task for name, task in tasks_of(data).items() if task.role == role and limits[name] != 0}
-    leaks.check_tasks(data, tasks)
-    leaks.check_corpora(data, [role])
-    leaks.check_chats(data, chat_roles(data))
-    passages = read_corpus(data, role)
-    check_passages(data, role, passages)  # the router will need them, whatever the expert learns from
-    parts = {part: list[Example]() for part in PARTS}
-    hashes: dict[str, object] = {}
-    if "corpus" in args.learn_from:
-        parts["corpus"] = text_examples(form, passages, role, longest)
-        hashes["corpus"] = file_hash(corpus_file(data, role))
-    for part, whose in (("chats", role), (GENERAL, GENERAL)):
-        if part in args.learn_from and whose in chat_roles(data):
-            parts[part] = conversation_examples(form, read_chats(data, whose), whose)
-            hashes[part] = file_hash(chat_file(data, whose))
-    if "tasks" in args.learn_from:
-        parts["tasks"] = task_examples(data, tasks, form, seed, limits, hold_out=False)
-        hashes["tasks"] = {name: file_hash(task_file(data, name, "train")) for name in tasks}
-        hashes["asked"] = prompting(tasks)
     if args.sources():
-        for rows, _ in args.rows(rows_of_run(training_args)):
-            parts["corpus"] += text_examples(form, [row for row in rows if isinstance(row, str)], role, longest)
-            parts["chats"] += conversation_examples(form, [row for row in rows if not isinstance(row, str)], role)
-        hashes["datasets"] = args.described()
-    found = {part: parts[part] for part in args.learn_from if parts[part]}
-    if not found:
-        raise InputError(f"{data} has nothing for {', '.join(args.learn_from)} of learn_from and the role {role}.")
-    if missing := [part for part in args.learn_from if part not in found]:
-        print(f"{data} has nothing for {', '.join(missing)}: {role} learns from {', '.join(found)}")
-    return in_shares(found, args.learn_from, positions, seed), hashes
+        raise InputError(f"corpus is {args.corpus}, and {args.sources()[0].path} a dataset. Train on one of them.")
+    return stream_corpus(args.corpus, args.corpus_column, training_args.seed, scored.find)
+
+
+def rows_to_learn(
+    args: ExpertArguments, roles: list[str], scored: ScoredTexts, training_args: SFTConfig, form: ChatFormat, positions: int
+) -> tuple[Dataset, list[Source]]:  # fmt: skip
+    """The rows to train on, in the shares of `learn_from`, and where they are from.
+
+    Without `learn_from` they are the corpora of `roles`, one passage of each in turn. Texts are cut at `max_length`; other
+    rows stay whole, as the trunk learned them, if they fit into the model's `positions`.
+    """
+    data, role, seed, shared, shares = args.data, args.role, training_args.seed, args.role == SHARED, args.learn_from
+    wanted, limits = shares or {"corpus": 1.0}, args.limits(tasks_of(data))
+    # the router will need a corpus, whatever the expert learns from
+    sources = [corpus_source(data, name, name if shared else "corpus") for name in roles]
+    sources += [chat_source(data, whose, part) for part, whose in (("chats", role), (GENERAL, GENERAL))
+                if whose in chat_roles(data)]  # fmt: skip
+    tasks = {name: task for name, task in tasks_of(data).items() if task.role == role and limits[name] != 0}
+    if tasks and "tasks" in wanted:
+        sources.append(task_source(data, tasks, form, seed, limits, hold_out=args.hold_out_validation))
+    sources = [source for source in sources if source.part in (roles if shared else wanted)]
+    if args.dataset_streaming and args.sources() and training_args.packing and not shares:
+        raise InputError(
+            "dataset_streaming and packing are both true: how many rows fill the sequences isn't known. Set packing: false, or "
+            "stream the files with --corpus."
+        )
+    for dataset in args.load(rows_of_run(training_args), seed, None if shared else role):
+        whose = dataset.role or role
+        part = whose if shared or whose == GENERAL else "corpus" if dataset.is_text or not shares else "chats"
+        if not shared and part not in wanted:
+            kind = "text" if dataset.is_text else "conversations"
+            raise InputError(
+                f"dataset {dataset.name} has {kind} for '{part}', and {role} learns from {', '.join(wanted)} (learn_from). Give "
+                f"{part} a share, or leave the dataset out."
+            )
+        sources.append(dataset_source(dataset, part, whose, scored))
+    if not sources:
+        raise InputError(f"{data} has nothing for {', '.join(wanted)} of learn_from and the role {role}.")
+
+    cut = training_args.max_length or positions
+    if not shares:
+        parts = tokenise(sources, form, training_args, None, cut=None if training_args.packing else cut)
+        return interleave_datasets([*parts.values()], stopping_strategy="all_exhausted"), sources
+    keep_rows_whole(training_args)
+    parts = tokenise(sources, form, training_args, positions, cut=cut, shares=shares)
+    if (missing := [part for part in shares if part not in parts]) and is_main_process():
+        print(f"{data} has nothing for {', '.join(missing)}: {role} learns from {', '.join(parts)}")
+    return in_shares(parts, shares, seed), sources
 
 
 def main() -> None:
@@ -200,30 +199,38 @@ def main() -> None:
     check_length(training_args.max_length, config)
 
     form = as_chats(tokenizer, base)
-    if args.learn_from:
-        dataset, sources = role_rows(args, training_args, form, config.max_position_embeddings)
-        # whole rows, of which nothing is left to cut; packing would sort them by length
-        training_args.max_length, training_args.packing, training_args.padding_free = None, False, True
+    args.check_dataset_roles(roles_of(args.data))
+    scored, recorded_settings = check_data_dir(args.data), settings(args, training_args, model_args)
+    if args.corpus:
+        dataset, record = streamed_corpus(args, training_args, scored)
     else:
-        dataset, sources = role_text(args, roles, training_args, form)
+        dataset, sources = rows_to_learn(args, roles, scored, training_args, form, config.max_position_embeddings)
+        record = recorded(sources)
     heldout = [text for name in roles for text in read_corpus(args.data, name, heldout=True)[: args.heldout_passages]]
     if not encode(tokenizer, heldout, 3):
         raise InputError(
             f"{corpus_file(args.data, roles[0], heldout=True)}: its first {len(heldout)} passages are of one token or none, of "
             "which there is no perplexity. Add longer ones, or raise heldout_passages."
         )
-    target = run_dir / "trunk" if shared else run_dir / "adapters" / args.role
+    target = output_folder(training_args, run_dir / "trunk" if shared else run_dir / "adapters" / args.role)
     inputs = {
         "role": args.role,
         # the trunk is a model with its chat template, an adapter of a corpus knows plain text alone
         "base": fingerprint(base) if shared or args.learn_from else fingerprint(base, PLAIN_TEXT_PARTS),
-        "corpus": sources,
+        "corpus": record,
+        "asked": prompting(
+            {name: task for name, task in tasks_of(args.data).items() if name in record.get("tasks", ())}
+        ),
         "heldout": {name: file_hash(corpus_file(args.data, name, heldout=True)) for name in roles},
-        "settings": settings(args, training_args, model_args),
+        "settings": recorded_settings,
     }
+    if args.hold_out_validation:  # rows of train are left out where there is no file of them
+        inputs["valid"] = [name for name in tasks_of(args.data) if task_file(args.data, name, "valid").is_file()]
     work = begin_on_all(target, "train_expert", inputs)
     if work is None:
         return
+    if is_main_process() and not args.corpus:
+        print(reads(dataset, sources, training_args))
 
     trainer = train_lora(base, dataset, tokenizer, args, training_args, model_args, work)
     trainer.save_model(str(work / ADAPTER if shared else work))
@@ -233,8 +240,7 @@ def main() -> None:
     with model.disable_adapter():
         before = perplexity(heldout_loss(model, tokenizer, heldout))
     results = {"heldout_perplexity_before": round(before, 3), "heldout_perplexity_after": round(after, 3)}
-    results |= {"heldout_passages": len(heldout), "steps": trainer.state.global_step}
-    results["train_tokens"] = trainer.state.num_input_tokens_seen
+    results |= {"heldout_passages": len(heldout)} | length_of(trainer)
 
     if trainer.is_world_process_zero():
         keep = ["adapter_config.json", ADAPTER_FILE]

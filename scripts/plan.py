@@ -10,7 +10,9 @@ is 1. docs/at-size.md compares its estimates with measured runs; hours follow fr
 
 import argparse
 import dataclasses
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,12 +74,14 @@ def training_of(path: Path, args: argparse.Namespace, *, sharded: bool) -> Train
                 "can't share equally. Plan for another number, or set one of the two."
             )
         accumulation = rows_per_step // (batch * args.gpus)
-    packed, steps = recipe["packing"], recipe["max_steps"]
+    packed, steps = recipe["packing"] and not read.get("learn_from"), recipe["max_steps"]
     if packed and recipe["max_length"] is None:
         raise InputError(f"{path}: packing is true and max_length null. Packed rows need a length: set max_length.")
     tokens = recipe["max_length"] if packed else args.row_tokens
     if steps < 0 and (each := recipe.get("steps_per_task")):
         steps = round(each * len(default_tasks()) / len(trained_roles(read_merge_config(args.merge_config))))
+    elif recipe.get("match_steps"):
+        steps = 0  # `steps_of` adds up those of the other trainings
     elif steps < 0:
         limits = row_limits(default_tasks(), recipe.get("rows_per_task"), recipe.get("rows_of_task")).values()
         rows = args.rows if None in limits else sum(limits)
@@ -86,7 +90,7 @@ def training_of(path: Path, args: argparse.Namespace, *, sharded: bool) -> Train
     return Training(
         sequences=batch, tokens=tokens, labelled=tokens if packed else args.label_tokens, accumulation=accumulation, steps=steps,
         checkpointing=recipe["gradient_checkpointing"], weight_bytes=weight, sharded=sharded,
-        activation_bytes=2 if recipe["bf16"] else planning.FLOAT,
+        whole_logits=args.cpu or recipe["label_smoothing_factor"] > 0, activation_bytes=2 if recipe["bf16"] else planning.FLOAT,
         lora={name: recipe[key] for key, name in LORA.items() if key in recipe},
     )  # fmt: skip
 
@@ -107,6 +111,9 @@ def steps_of(args: argparse.Namespace, dense: PretrainedConfig) -> list[Step]:
             continue  # experts branch off from the base
         sharded = args.sharded and args.gpus > 1 and (args.shard_all or config is moe)
         training = training_of(recipe, args, sharded=sharded)
+        if training.steps == 0:  # of the team's own trainings, without the trunk's
+            rows = sum(step.training.rows_of_run() * step.times for step in found if "trunk" not in step.title)
+            training = replace(training, steps=math.ceil(rows / replace(training, steps=1).rows_of_run()))
         found.append(Step(title, planning.shape(config, training.lora), training, times))
     return found
 

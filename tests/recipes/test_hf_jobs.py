@@ -51,12 +51,13 @@ def test_a_stage_is_submitted_when_what_it_reads_is_complete(submit, tmp_path):
     experts = [f"finteam-{role}" for role in ROLES]
     assert short == [
         *experts,
-        "finteam-dense",
         "jobs wait " + " ".join(f"id-of-{name}" for name in experts),
         "finteam-merge",
         "jobs wait id-of-finteam-merge",
         "finteam-team",
-        "jobs wait id-of-finteam-team id-of-finteam-dense",
+        "jobs wait id-of-finteam-team",
+        "finteam-dense",
+        "jobs wait id-of-finteam-dense",
         "finteam-evaluate",
         "jobs wait id-of-finteam-evaluate",
     ]

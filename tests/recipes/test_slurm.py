@@ -56,14 +56,15 @@ def cluster(tmp_path):
 
 def test_every_stage_waits_for_what_it_reads(cluster):
     jobs = cluster("--sbatch", "--partition gpu")
-    assert list(jobs) == [*ROLES, "dense", "merge", "team", "evaluate"]
+    assert list(jobs) == [*ROLES, "merge", "team", "dense", "evaluate"]
     waits = {name: options.get("--dependency") for name, options in jobs.items()}
     ids = {name: options["id"] for name, options in jobs.items()}
     assert waits == {
-        **dict.fromkeys((*ROLES, "dense")),
+        **dict.fromkeys(ROLES),
         "merge": "afterok:" + ":".join(ids[role] for role in ROLES),
         "team": f"afterok:{ids['merge']}",
-        "evaluate": f"afterok:{ids['team']}:{ids['dense']}",
+        "dense": f"afterok:{ids['team']}",
+        "evaluate": f"afterok:{ids['dense']}",
     }
     assert all(options["--partition"] == "gpu" for options in jobs.values())
 

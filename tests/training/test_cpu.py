@@ -160,8 +160,9 @@ def test_on_and_off_train_the_same(copied_run, monkeypatch, what):
     def not_used(*_args, **_options):
         raise AssertionError("a speed-up was used")
 
-    for name in ("fuse_lora", "compact_loss", "attention_within_sequences"):
+    for name in ("fuse_lora", "attention_within_sequences"):
         monkeypatch.setattr(cpu, name, not_used)
+    monkeypatch.setattr("finteam_experts.training.trainer.score_labels", not_used)
     instruct_tune(copied_run, what, "--cpu_speedups", "false")
     assert read_record(target)["inputs"]["settings"]["cpu_speedups"] is False
     slow = load_file(target / "model.safetensors")

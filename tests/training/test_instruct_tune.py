@@ -88,7 +88,7 @@ def test_interrupted_between_training_and_merge(copied_run, monkeypatch):
     results = read_record(copied_run / "moe-instruct")["results"]
     shutil.rmtree(copied_run / "moe-instruct")
     with monkeypatch.context() as patched:
-        patched.setattr("finteam_experts.merging.adapters.set_peft_model_state_dict", _interrupt)
+        patched.setattr("finteam_experts.merging.lora.get_peft_model", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             instruct_tune(copied_run, "moe")
     instruct_tune(copied_run, "moe")
@@ -140,3 +140,11 @@ def test_limits_of_single_tasks(new_run):
     assert read_record(new_run / "dense-instruct")["results"]["rows_seen"] == 9
     with pytest.raises(InputError, match="rows_of_task: unknown task 'fbp'. Did you mean 'fpb'"):
         instruct_tune(new_run, "dense", "--rows_of_task", '{"fbp": 3}')
+
+
+def test_an_output_folder_of_ones_own(copied_run, tmp_path):
+    """Another training of the same run, beside the first."""
+    before = (copied_run / "moe-instruct/finteam.json").read_bytes()
+    instruct_tune(copied_run, "moe", "--learning_rate", "2e-4", "--output_dir", tmp_path / "mine")
+    assert load_model(tmp_path / "mine").config.num_local_experts == 3
+    assert (copied_run / "moe-instruct/finteam.json").read_bytes() == before

@@ -135,7 +135,7 @@ def test_activations_are_what_autograd_saves(bf16, experts, targets):
         kept.append(sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in weights))
     recipe = REPOSITORY / "recipes/sample/instruct_tune_moe.yaml"
     training = load_script("scripts/plan.py").training_of(
-        recipe, SimpleNamespace(gpus=1, row_tokens=100, label_tokens=3, rows=1000), sharded=False
+        recipe, SimpleNamespace(gpus=1, row_tokens=100, label_tokens=3, rows=1000, cpu=False), sharded=False
     )
     training = replace(training, lora=lora, activation_bytes=2 if bf16 else 4)
     planned = planning.activations(SimpleNamespace(config=config), training, Devices(1, 80, 989, 0.4, "cpu"))
@@ -158,7 +158,7 @@ def test_a_change_that_is_named_does_fit():
     )
     recipe = REPOSITORY / "recipes/llama3-8b/train_expert.yaml"
     training = load_script("scripts/plan.py").training_of(
-        recipe, SimpleNamespace(gpus=1, row_tokens=100, label_tokens=3, rows=1000), sharded=False
+        recipe, SimpleNamespace(gpus=1, row_tokens=100, label_tokens=3, rows=1000, cpu=False), sharded=False
     )
     card = Devices(count=1, memory_gib=16, tflops=100, utilisation=0.4)
     before = planning.memory(shape, training, card)
@@ -174,7 +174,7 @@ def test_pieces_on_more_devices_take_less_of_each():
     for count in (2, 8):
         training = script.training_of(
             REPOSITORY / "recipes/llama3-8b/instruct_tune_dense.yaml",
-            SimpleNamespace(gpus=count, row_tokens=100, label_tokens=3, rows=1000),
+            SimpleNamespace(gpus=count, row_tokens=100, label_tokens=3, rows=1000, cpu=False),
             sharded=True,
         )
         parts.append(planning.memory(shape, training, Devices(count, 80, 989, 0.4)))

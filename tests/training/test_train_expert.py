@@ -16,11 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
 from conftest import REPOSITORY, ROLES, SHORT, call, load_script, shell, train_expert
-from finteam_experts.data.files import read_corpus
-from finteam_experts.data.streams import stream_corpus
+from finteam_experts.data.files import held_out, read_corpus, read_task
+from finteam_experts.data.leaks import check_data_dir
+from finteam_experts.data.tasks import default_tasks
+from finteam_experts.data.trl_datasets import stream_corpus
 from finteam_experts.errors import InputError
 from finteam_experts.models import MLP_MODULES, as_chats, load_tokenizer
 from finteam_experts.runs import read_record, work_folder
+from finteam_experts.training.rows import recorded
 from finteam_experts.training.trainer import RecipeTrainer
 
 RECIPE = "recipes/sample/train_expert.yaml"
@@ -57,7 +60,7 @@ def test_complete_step_is_skipped_and_another_configuration_refused(copied_run, 
         train_expert(copied_run, "macro", "--lora_r", 8)
     with (copied_run / "data/corpora/macro.jsonl").open("a") as file:
         file.write('{"text": "Rates rose."}\n')
-    with pytest.raises(InputError, match="corpus: recorded"):
+    with pytest.raises(InputError, match=r"corpus\.corpus\.macro: recorded"):
         train_expert(copied_run, "macro")
 
 
@@ -65,14 +68,15 @@ def test_a_stream_is_shuffled_and_shared_by_its_files(new_run, tmp_path):
     for part in range(3):
         texts = [f"Passage {part} {n} of a corpus that is sorted by date." for n in range(40)]
         Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"part-{part}.parquet")
-    held = {"passage05ofacorpusthatissortedbydate"}
-    stream = stream_corpus(f"{tmp_path}/part-*.parquet", "text", 0, lambda key: "a test row" if key in held else None)
+    held = "Passage 0 5 of a corpus that is sorted by date."
+    stream, _ = stream_corpus(f"{tmp_path}/part-*.parquet", "text", 0, lambda text: "a row" if text == held else None)
     texts = [row["text"] for row in stream]
     assert stream.num_shards == 3  # each process can read files of its own
     assert len(texts) == len(set(texts)) == 119  # all but the one that holds a test row
     assert texts != sorted(texts)
     assert texts == [row["text"] for row in stream]
-    assert texts != [row["text"] for row in stream_corpus(f"{tmp_path}/part-*.parquet", "text", 1, lambda key: None)]
+    other, _ = stream_corpus(f"{tmp_path}/part-*.parquet", "text", 1, lambda text: None)
+    assert texts != [row["text"] for row in other]
 
 
 def test_a_corpus_may_be_streamed_from_files_with_another_column(new_run, tmp_path):
@@ -94,9 +98,12 @@ def test_a_corpus_may_be_streamed_from_files_with_another_column(new_run, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--corpus", "{data}/corpora/macro.jsonl", "--max_steps", -1), "its end is not known"),
+        (
+            ("--corpus", "{data}/corpora/macro.jsonl", "--max_steps", -1, "--num_train_epochs", 1),
+            "its end is not known",
+        ),
         (("--corpus", "{data}/corpora/macro.jsonl", "--role", "shared"), "Name a role, and set max_steps"),
-        (("--corpus", "{data}/corpora/nothing.jsonl"), "nothing.jsonl: can't be read"),
+        (("--corpus", "{data}/corpora/nothing.jsonl"), "nothing.jsonl can't be read: Unable to find"),
         (("--corpus", "{data}/corpora/macro.jsonl", "--corpus_column", "body"), "no column 'body'; it has "),
     ],
 )
@@ -115,8 +122,7 @@ def test_a_stream_that_cannot_be_used_is_refused_before_training(new_run, argume
             "lora_target_modules .* adapts gate_proj, up_proj, down_proj only",
         ),
         (("--learning_rat", "1"), "unknown argument '--learning_rat'.*Did you mean 'learning_rate'"),
-        (("--output_dir", "x"), "output_dir is 'x'.* It is set by run_dir"),
-        (("--data_dir", "nowhere"), r"nowhere/corpora/macro\.jsonl does not exist"),
+        (("--data_dir", "nowhere"), "data_dir nowhere is not a folder"),
         (("--base", "nowhere"), "'nowhere' is neither a model folder .* nor a Hub id"),
         (("--base", "nobody/no-such-model"), "could not be fetched from the Hub"),
     ],
@@ -228,10 +234,8 @@ def test_an_expert_takes_its_steps_for_each_of_its_tasks(new_run):
     for role, tasks in (("macro", 1), ("micro", 2)):
         train_expert(new_run, role, *own)
         assert read_record(new_run / f"adapters/{role}")["results"]["steps"] == 2 * tasks
-    train_expert(new_run, "quant", *own, "--max_steps", 3)  # says how many
-    assert read_record(new_run / "adapters/quant")["results"]["steps"] == 3
     with pytest.raises(InputError, match="steps_per_task is 0; it has to be 1 or more"):
-        train_expert(new_run, "macro", "--steps_per_task", 0)
+        train_expert(new_run, "macro", "--steps_per_task", 0, "--max_steps", -1)
 
 
 def test_row_limits_hold_for_an_expert_too(new_run, toy_base):
@@ -242,19 +246,22 @@ def test_row_limits_hold_for_an_expert_too(new_run, toy_base):
         run_dir=str(new_run), role="micro", learn_from="{tasks: 1}", steps_per_task=2, **limits
     )
     config = SFTConfig(output_dir=str(new_run / "work"), use_cpu=True, bf16=False)
-    rows, sources = script.role_rows(args, config, form, 512)
-    assert len(rows) == 5
-    config.max_length = 16  # of passages: task rows stay whole
-    assert len(script.role_rows(args, config, form, 512)[0]) == 5
+
+    def rows(longest: int = 512) -> tuple[list[list[int]], dict]:
+        config.max_length = longest
+        dataset, sources = script.rows_to_learn(args, ["micro"], check_data_dir(args.data), config, form, 512)
+        return dataset["input_ids"][:], recorded(sources)
+
+    assert len(rows()[0]) == len(rows(16)[0]) == 5  # task rows stay whole
+    assert set(rows()[1]["tasks"]) == {"fpb"}
     args.learn_from = {"corpus": 1.0}
-    assert max(map(len, script.role_rows(args, config, form, 512)[0]["input_ids"])) == 16
+    assert max(map(len, rows(16)[0])) == 16
     args.learn_from = {"tasks": 1.0}
-    assert set(sources["tasks"]) == {"fpb"}
     args.set_steps(config, ["micro"])
     assert config.max_steps == 2
     args.rows_of_task = "{fqasa: 0}"
     with pytest.raises(InputError, match="rows_of_task: unknown task 'fqasa'. Did you mean 'fiqasa'"):
-        script.role_rows(args, config, form, 512)
+        rows()
 
 
 @pytest.mark.parametrize("steps", [4, 12, 24])
@@ -274,3 +281,22 @@ def test_a_short_training_is_not_spent_at_the_end_of_its_decay(steps, tmp_path):
         scheduler.step()
     assert rates[2] >= 0.5  # the first after the warm-up
     assert rates[-1] < 0.2
+
+
+def test_validation_rows_are_held_out_of_an_expert(new_run, toy_base):
+    """As of a tuning, so that `evaluate.py --split valid` scores rows that no model of the team has seen."""
+    script, form = load_script("recipes/train_expert.py"), as_chats(load_tokenizer(toy_base), toy_base)
+    scored, found = check_data_dir(new_run / "data"), []
+    for hold_out in (False, True):
+        config = SFTConfig(output_dir=str(new_run / "work"), use_cpu=True, bf16=False, num_train_epochs=1)
+        args = script.ExpertArguments(
+            run_dir=str(new_run), role="macro", learn_from="{tasks: 1}", hold_out_validation=hold_out
+        )
+        rows, _ = script.rows_to_learn(args, ["macro"], scored, config, form, 512)
+        found.append(len(rows))
+    data, tasks = new_run / "data", {name: task for name, task in default_tasks().items() if task.role == "macro"}
+    kept_out = [
+        row for name, task in tasks.items() for row in read_task(data, task, "train") if held_out(data, name, row)
+    ]
+    assert kept_out
+    assert found[0] - found[1] == len(kept_out)

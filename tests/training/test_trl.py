@@ -12,10 +12,11 @@ import trl
 from trl import SFTTrainer
 trainer = inspect.getsource(sys.modules[SFTTrainer.__module__])
 for name in ("padding_free", "aux_loss_enabled", "router_aux_loss_coef", '_metrics = ', "_total_train_tokens",
-             'self.args.loss_type == "nll"', "_signature_columns", 'self._metrics[mode]["aux_loss"]',
-             'metrics[mode]["num_tokens"]', 'metrics[mode]["mean_token_accuracy"]'):
+             'self.args.loss_type == "dft"', "_signature_columns", 'self._metrics[mode]["aux_loss"]', "fused_lm_head=True",
+             'outputs=("log_probs", "entropy", "is_top1")', "outputs.label_mask", 'not in ("nll", "dft")',
+             'metrics[mode]["num_tokens"]', 'metrics[mode]["mean_token_accuracy"]', 'metrics[mode]["entropy"]'):
     assert name in trainer, name
-for name in ("_set_signature_columns_if_needed", "_load_from_checkpoint", "training_step", "compute_loss", "log", "_get_train_sampler"):
+for name in ("_set_signature_columns_if_needed", "_load_from_checkpoint", "training_step", "compute_loss", "log", "_get_train_sampler", "get_batch_samples"):
     assert hasattr(SFTTrainer, name), name
 wanted = ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
 assert list(inspect.signature(SFTTrainer.compute_loss).parameters) == wanted

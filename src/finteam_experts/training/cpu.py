@@ -6,8 +6,8 @@
    arXiv:2106.09685).
 2. Each sequence of a padding-free batch attends to itself. transformers computes the attention between all tokens of the
    batch and masks the rest, unless a GPU's flash attention is there.
-3. The vocabulary head runs once, and only on positions that carry a label. TRL 1.16 does so on GPUs; elsewhere it scores
-   every position in chunks, and computes each chunk again in the backward pass.
+3. The vocabulary head runs once, and only on positions that carry a label (`loss.score_labels`). TRL 1.16 does so on GPUs;
+   elsewhere it scores every position in chunks, and computes each chunk again in the backward pass.
 """
 
 from typing import Any
@@ -18,9 +18,6 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from trl import SFTTrainer
-
-from finteam_experts.training.loss import mean_over_rows, row_numbers
 
 ATTENTION = "sdpa_within_sequences"  # the name under which transformers finds it
 TOKENS = 32  # in bfloat16 a CPU compiles its kernels for every new number of tokens: batches are padded to a multiple
@@ -115,53 +112,3 @@ def _mask(
 
 AttentionInterface.register(ATTENTION, attention_within_sequences)
 AttentionMaskInterface.register(ATTENTION, _mask)
-
-
-def has_compact_loss(trainer: SFTTrainer, inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether `compact_loss` can replace TRL's loss: a padding-free batch on a CPU, and the plain loss."""
-    args = trainer.args
-    plain = args.loss_type == "nll" and not args.label_smoothing_factor and trainer.compute_loss_func is None
-    return plain and trainer.padding_free and inputs["input_ids"].device.type == "cpu"
-
-
-def compact_loss(
-    trainer: SFTTrainer, model: nn.Module, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | None,
-    *, balance_rows: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """TRL's loss and metrics, without the entropy, from the labelled positions of the one row that the batch is.
-
-    With `balance_rows` each of the rows in it counts alike, as in `balanced_loss`.
-    """
-    args = trainer.args
-    labels = inputs["labels"][0, 1:]
-    positions = (labels != -100).nonzero().flatten()
-    model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
-    if trainer.aux_loss_enabled:
-        model_inputs["output_router_logits"] = True
-    if args.bf16:
-        # Pad by repeating the leading tokens: they carry no labels, and a router's load stays that of real text.
-        missing = -inputs["input_ids"].shape[1] % TOKENS
-        for key in ("input_ids", "position_ids"):
-            model_inputs[key] = torch.cat([inputs[key], inputs[key][:, :missing]], dim=1)
-    outputs = model(**model_inputs, use_cache=False, logits_to_keep=positions)
-    logits, targets = outputs.logits[0].float(), labels[positions]  # [labelled positions, vocabulary]
-    # what is a mean over the micro-batch, unlike a token sum, has to be divided for gradient accumulation
-    steps = trainer.current_gradient_accumulation_steps if num_items is not None else 1
-    if balance_rows:
-        loss = mean_over_rows(logits, targets, row_numbers(inputs)[0, 1:][positions]) / steps
-    else:
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        loss = loss / (targets.numel() if num_items is None else num_items)
-        if num_items is not None and args.average_tokens_across_devices:
-            loss = loss * trainer.accelerator.num_processes  # num_items counts every process, DDP averages
-
-    metrics = trainer._metrics["train" if model.training else "eval"]
-    metrics["mean_token_accuracy"].append((logits.argmax(-1) == targets).float().mean().item())
-    if model.training:
-        tokens = torch.tensor(inputs["input_ids"].numel())
-        trainer._total_train_tokens += trainer.accelerator.gather(tokens).sum().item()
-    metrics["num_tokens"] = [trainer._total_train_tokens]
-    if trainer.aux_loss_enabled:
-        metrics["aux_loss"].append(outputs.aux_loss.item())
-        loss = loss + trainer.router_aux_loss_coef * outputs.aux_loss / steps
-    return loss

@@ -49,13 +49,19 @@ class Training:
     accumulation: int
     steps: int
     checkpointing: bool
+    whole_logits: (
+        bool  # of all labels at once, as on a CPU and for label smoothing; TRL's fused head holds some at a time
+    )
     weight_bytes: float  # of a frozen parameter
     activation_bytes: int
     sharded: bool
     lora: dict[str, Any]
 
+    def rows_of_run(self, devices: int = 1) -> int:
+        return self.steps * self.accumulation * self.sequences * devices
+
     def tokens_of_run(self, devices: int) -> int:
-        return self.steps * self.accumulation * self.sequences * self.tokens * devices
+        return self.rows_of_run(devices) * self.tokens
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def memory(model: Shape, training: Training, devices: Devices) -> dict[str, floa
     layers = config.num_hidden_layers
     copies = model.adapted_experts * training.weight_bytes / (layers if training.checkpointing else 1)
     labelled = training.sequences * training.labelled
-    positions = min(labelled, LOGITS_ON_GPU) if devices.kind == "gpu" else labelled
+    positions = labelled if training.whole_logits else min(labelled, LOGITS_ON_GPU)
     parts = {
         "frozen weights": model.total * training.weight_bytes / shards,
         "adapter, gradients, Adam": model.trainable * (FLOAT + FLOAT + ADAM) / shards,
