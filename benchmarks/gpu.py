@@ -86,7 +86,7 @@ def train(config: PretrainedConfig, lora: dict, args: argparse.Namespace) -> Ite
     flops = planning.flops_per_token(shape, args.tokens, checkpointing=large)
     training = Training(
         sequences=args.sequences, tokens=args.tokens, labelled=args.labelled, accumulation=1, steps=args.steps,
-        checkpointing=large, weight_bytes=2, activation_bytes=2, sharded=False, lora=lora,
+        checkpointing=large, weight_bytes=2, activation_bytes=2, sharded=False, lora=lora, whole_logits=False,
     )  # fmt: skip
     planned = planning.memory(shape, training, Devices(1, 80, args.tflops, 1.0, device.type))
     del planned["process"]  # the allocator does not see it

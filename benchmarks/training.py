@@ -25,7 +25,7 @@ import yaml
 from rich.table import Table
 from trl import ModelConfig, SFTConfig
 
-from finteam_experts.data.files import read_corpus, require_tasks, write_rows
+from finteam_experts.data.files import read_corpus, tasks_of, write_rows
 from finteam_experts.data.mixture import row_limits, tuning_rows
 from finteam_experts.data.tasks import render
 from finteam_experts.errors import InputError, run
@@ -122,7 +122,7 @@ def plain(step: Step, args: argparse.Namespace, folder: Path) -> list[str]:
 def steps(args: argparse.Namespace) -> list[Step]:
     role = trained_roles(read_merge_config(REPOSITORY / "moe_merge.yaml"))[0]
     base, moe = args.run_dir / "base", args.run_dir / "moe"
-    tokenizer, tasks = load_tokenizer(base), require_tasks(args.data_dir)
+    tokenizer, tasks = load_tokenizer(base), tasks_of(args.data_dir)
     form = as_chats(tokenizer, base)
     passages = [{"text": text} for text in read_corpus(args.data_dir, role)]
     arguments = ("--role", role, "--base", str(base))

@@ -25,7 +25,9 @@ from finteam_experts.data.sample import corpora
 from finteam_experts.data.sample.corpora import corpus
 from finteam_experts.data.sample.task_rows import task_rows
 from finteam_experts.data.tasks import SYSTEM_PROMPT, default_tasks
-from finteam_experts.models import as_chats, load_tokenizer
+from finteam_experts.families import family_of
+from finteam_experts.merging.moe import finish_folder
+from finteam_experts.models import as_chats, load_model, load_tokenizer
 
 TASKS = default_tasks()
 
@@ -53,6 +55,24 @@ def chat(question: str) -> list[dict[str, str]]:
 def form_of(folder: Path) -> ChatFormat:
     """How the model in `folder` writes conversations."""
     return as_chats(load_tokenizer(folder), folder)
+
+
+def on_disk(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The weights of an MoE in memory under their names on disk."""
+    found = {}
+    for name, tensor in tensors.items():
+        parts = family_of(kind).on_disk(name, len(tensor))
+        for rows, part in zip(parts, tensor if ".experts." in name and tensor.dim() == 3 else [tensor], strict=True):
+            found |= dict(zip(rows, part.chunk(len(rows)), strict=True))
+    return found
+
+
+def saved_again(folder: Path, target: Path) -> torch.nn.Module:
+    """A model that is loaded and saved by transformers, with what every reader wants beside the weights."""
+    model = load_model(folder)
+    model.save_pretrained(target)
+    finish_folder(model.config, folder, target)
+    return model
 
 
 def load_script(path: str) -> ModuleType:
@@ -157,9 +177,9 @@ def toy_data(tmp_path_factory) -> Path:
         write_rows(corpus_file(folder, role), train)
         write_rows(corpus_file(folder, role, heldout=True), heldout)
     for task in TASKS:
-        rows = task_rows(task, 40, random.Random(task))
-        write_rows(task_file(folder, task, "train"), rows[:28])
-        write_rows(task_file(folder, task, "test"), rows[28:])
+        train, test = task_rows(task, 28, 12, random.Random(task))
+        write_rows(task_file(folder, task, "train"), train)
+        write_rows(task_file(folder, task, "test"), test)
     return folder
 
 

@@ -95,7 +95,7 @@ def test_a_changed_expert_of_a_team_is_noticed(copied_run):
     assert {part for part in PARTS if now[part] != before[part]} == {"weights"}
     with pytest.raises(InputError, match="model.weights: recorded"):
         instruct_tune(copied_run, "moe")
-    with pytest.raises(InputError, match="moe's router was made with other inputs:\n  weights: recorded"):
+    with pytest.raises(InputError, match="gives 'quant' another expert than the weights at its place"):
         fit_router(copied_run)
 
 
@@ -196,14 +196,6 @@ def test_a_complete_folder_wins_over_a_stray_unfinished_one(copied_run, capsys):
     train_expert(copied_run, "macro")
     assert "macro is complete: skipped" in capsys.readouterr().out
     assert not stray.exists()
-
-
-def test_a_start_that_failed_does_not_block_the_mended_one(new_run):
-    with pytest.raises(Exception, match="."):  # when the trainer is made, after the folder is
-        train_expert(new_run, "macro", "--optim", "adamw_bnb_8bit")
-    assert (new_run / "adapters/macro.incomplete").exists()
-    train_expert(new_run, "macro")
-    assert (new_run / "adapters/macro").is_dir()
 
 
 @pytest.mark.parametrize("moment", ["recorded", "renamed", "put in place"])

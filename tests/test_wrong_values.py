@@ -17,10 +17,10 @@ from conftest import REPOSITORY, load_script
 from finteam_experts.data.conversations import chat_file, read_chats, trl_row
 from finteam_experts.data.files import corpus_file, read_corpus, read_task, task_file
 from finteam_experts.data.hub import read_sources
-from finteam_experts.data.leaks import check_chats, check_tasks
+from finteam_experts.data.leaks import check_data_dir
 from finteam_experts.data.tasks import FOLDER, default_tasks, read_task_file
 from finteam_experts.errors import InputError
-from finteam_experts.merging.config import in_run, read_merge_config
+from finteam_experts.merging.config import read_merge_config, trained_roles
 from finteam_experts.models import read_config
 from finteam_experts.training.arguments import BaseModelConfig, parse, settings
 from finteam_experts.training.rows import check_length, rows_of_run
@@ -73,7 +73,7 @@ def refused(read: Callable[[], object]) -> bool:
 
 
 def read_team(path: Path) -> None:
-    in_run(read_merge_config(path), path.parent, path.parent)
+    trained_roles(read_merge_config(path))
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,8 @@ def test_a_row_of_a_data_directory(tmp_path, row):
         for read in (
             lambda: read_corpus(tmp_path, "macro"),
             lambda: read_task(tmp_path, default_tasks()["fpb"], "train"),
-            lambda: check_tasks(tmp_path, ["fpb"]),
             lambda: read_chats(tmp_path, "macro"),
-            lambda: check_chats(tmp_path, ["macro"]),
+            lambda: check_data_dir(tmp_path),
         ):
             count += refused(read)
     assert count > 100

@@ -44,12 +44,6 @@ def read_record(target: Path) -> dict[str, Any]:
     return record
 
 
-def recorded_inputs(target: Path, key: str) -> dict[str, Any]:
-    """That one of the inputs that a complete target was made with, if it has been recorded."""
-    inputs = read_record(target)["inputs"] if (target / RECORD).is_file() else {}
-    return {key: inputs[key]} if key in inputs else {}
-
-
 def begin(
     target: Path, step: str, inputs: dict[str, Any], *, overwrite: bool = False,
     has_progress: Callable[[Path], bool] | None = None,

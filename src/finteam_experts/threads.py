@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 # Then it sleeps, and is slow to wake. A training step of the sample takes 1.29 seconds with 2,000, 1.17 with 10,000 and 1.07 with the
-# default of 300,000; with one of two cores busy 1.9, 3.2 and 20.6 (benchmarks/threads.py).
+# default of 300,000; with one of two cores busy 1.9, 3.2 and 20.6 (docs/speed.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period

@@ -10,18 +10,6 @@ from conftest import call
 pytestmark = pytest.mark.slow
 
 
-def test_space(done_run, capsys):
-    call("benchmarks/space.py", "--model", done_run / "moe-instruct", "--rounds", 1, "--visitors", 2, "--questions", 2)
-    printed = capsys.readouterr().out
-    assert re.search(r"round 1: first words after .* ratio \d", printed)
-    assert "2 visitors at once: all served" in printed
-
-
-def test_threads(done_run, capsys):
-    call("benchmarks/threads.py", "--run_dir", done_run, "--steps", 3, "--rounds", 1)
-    assert re.search(r"round 1: .* s per step idle, .* times", capsys.readouterr().out)
-
-
 def test_training(done_run, capsys):
     call("benchmarks/training.py", "--run_dir", done_run, "--steps", 10, "--rounds", 1)
     printed = capsys.readouterr().out
