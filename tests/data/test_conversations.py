@@ -258,9 +258,13 @@ def test_an_expert_learns_from_its_corpus_conversations_and_tasks(talking_run, c
         train_expert(talking_run, "macro", "--learn_from", "{chats: 1}")
 
 
-@pytest.mark.parametrize("shares", ["{poems: 1}", "{corpus: 0}", "[corpus]", "{corpus: much}", "{corpus: 0.2"])
+@pytest.mark.parametrize(
+    "shares",
+    ["{poems: 1}", "{corpus: 0}", "[corpus]", "{corpus: much}", "{corpus: .inf}", "{corpus: true}", "{corpus: 0.2"],
+)
 def test_shares_that_an_expert_cannot_learn_in(new_run, shares):
-    with pytest.raises(InputError, match="it gives corpus, chats, general, tasks, or some of them, a share above 0"):
+    wanted = "it gives corpus, chats, general, tasks, or some of them, a share above 0|learn_from, corpus is .* it has to be"
+    with pytest.raises(InputError, match=wanted):
         train_expert(new_run, "macro", "--learn_from", shares)
 
 
